@@ -272,3 +272,9 @@ type CertificateView struct {
 
 // PlacementCounts are how many of a certificate's placements hold the wanted generation.
 type PlacementCounts struct{ Current, Total int }
+
+// JobRef names one attempt of a job.
+type JobRef struct {
+	JobID   string
+	Attempt int64
+}
