@@ -278,3 +278,6 @@ type JobRef struct {
 	JobID   string
 	Attempt int64
 }
+
+// NextDue is when the duties have something to do next, zero where nothing is planned.
+type NextDue struct{ Leaf, Placement, Status time.Time }

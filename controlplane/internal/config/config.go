@@ -1,0 +1,353 @@
+// Package config is the control plane's configuration: one typed struct, filled from defaults, then a YAML file, then
+// the environment, then flags. Unknown keys are refused by name, every problem is reported at once, and the origin of
+// every value can be shown (`certmeshd config`). The reference page is made from the same struct (Reference).
+package config
+
+import (
+	"bytes"
+	"encoding"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/certmesh/certmesh/protocol/fault"
+)
+
+// Config is everything an operator may set. Tags: yaml is the key in the file, env the environment variable, default
+// the value when nothing is said, doc the sentence of the reference page; secret:"true" hides the value when printed.
+type Config struct {
+	Node      Node      `yaml:"node"`
+	Listen    Listen    `yaml:"listen"`
+	Store     Store     `yaml:"store"`
+	Secrets   Secrets   `yaml:"secrets"`
+	Mesh      Mesh      `yaml:"mesh"`
+	PKI       PKI       `yaml:"pki"`
+	Scheduler Scheduler `yaml:"scheduler"`
+	Jobs      Jobs      `yaml:"jobs"`
+	Log       Log       `yaml:"log"`
+}
+
+// Node is this process.
+type Node struct {
+	ID      string   `yaml:"id" env:"CERTMESH_NODE_ID" doc:"Name of this node, unique in the cluster; letters, digits, dash and dot. Empty: the host's name."`
+	DataDir string   `yaml:"data_dir" env:"CERTMESH_DATA_DIR" default:"/var/lib/certmesh" doc:"Directory for what belongs to this node alone, mode 0700."`
+	Names   []string `yaml:"names" env:"CERTMESH_NODE_NAMES" doc:"DNS names and IP addresses under which agents and operators reach this node; they go into its certificate. Empty: the host's name, localhost and the loopback addresses."`
+}
+
+// Listen are the listeners of section Processes and ports in docs/architecture.md.
+type Listen struct {
+	API  string `yaml:"api" env:"CERTMESH_LISTEN_API" default:":8443" doc:"host:port for /health, /ready and /metrics over TLS."`
+	GRPC string `yaml:"grpc" env:"CERTMESH_LISTEN_GRPC" default:":8442" doc:"host:port for operators over gRPC."`
+	Mesh string `yaml:"mesh" env:"CERTMESH_LISTEN_MESH" default:":8444" doc:"host:port for agents."`
+	PKI  string `yaml:"pki" env:"CERTMESH_LISTEN_PKI" default:":8080" doc:"host:port for CRLs and CA certificates, plain HTTP as RFC 5280 section 8 advises."`
+}
+
+// Store is where the truth lies.
+type Store struct {
+	DSN        string `yaml:"dsn" env:"CERTMESH_STORE_DSN" secret:"true" doc:"sqlite:/path/file.db, postgres://… or cockroach://…. Empty: a SQLite file in the data directory."`
+	MaxReaders int    `yaml:"max_readers" env:"CERTMESH_STORE_MAX_READERS" default:"4" doc:"Connections for reading, 1 to 64."`
+	Migrate    bool   `yaml:"migrate" env:"CERTMESH_STORE_MIGRATE" default:"true" doc:"Bring the schema up to date at start. Switch it off to run certmeshd migrate up yourself."`
+}
+
+// Secrets seal private keys in the database.
+type Secrets struct {
+	KEKFile string `yaml:"kek_file" env:"CERTMESH_SECRETS_KEK_FILE" doc:"File with the key-encryption key (32 bytes, base64), mode 0600, the same on every node. Required by serve; dev makes one beside its data. Without it nothing sealed can be opened again: back it up apart from the database."`
+}
+
+// Mesh is the trust between agents and nodes.
+type Mesh struct {
+	TrustDomain string        `yaml:"trust_domain" env:"CERTMESH_TRUST_DOMAIN" default:"certmesh.local" doc:"Trust domain of the SPIFFE ids. It cannot change once agents have joined."`
+	IdentityTTL time.Duration `yaml:"identity_ttl" env:"CERTMESH_IDENTITY_TTL" default:"168h" doc:"Validity of agents' and nodes' identities, 5m to 2160h; they are renewed at half of it."`
+	Handshakes  int           `yaml:"handshakes" env:"CERTMESH_MESH_HANDSHAKES" default:"64" doc:"Hellos that are worked on at the same time; more are asked to come back."`
+}
+
+// PKI is what relying parties see of our own CAs.
+type PKI struct {
+	PublicURL   string        `yaml:"public_url" env:"CERTMESH_PKI_PUBLIC_URL" doc:"Base of the CRL and CA URLs in certificates, e.g. http://pki.example.com. Required by serve; dev uses its own pki listener."`
+	CRLValidity time.Duration `yaml:"crl_validity" env:"CERTMESH_CRL_VALIDITY" default:"24h" doc:"From thisUpdate to nextUpdate."`
+}
+
+// Scheduler are the duties' intervals.
+type Scheduler struct {
+	RenewalCheckInterval     time.Duration `yaml:"renewal_check_interval" env:"CERTMESH_SCHEDULER_RENEWAL_CHECK_INTERVAL" default:"1h" doc:"Longest pause between two looks for leaves that are due; the next due time shortens it."`
+	JobProcessorInterval     time.Duration `yaml:"job_processor_interval" env:"CERTMESH_SCHEDULER_JOB_PROCESSOR_INTERVAL" default:"30s" doc:"Safety net under wake-ups: agents with open jobs are woken this often."`
+	RetryInterval            time.Duration `yaml:"retry_interval" env:"CERTMESH_SCHEDULER_RETRY_INTERVAL" default:"5m" doc:"Longest pause between two looks for placements that do not hold what is wanted."`
+	JobTimeoutInterval       time.Duration `yaml:"job_timeout_interval" env:"CERTMESH_JOB_TIMEOUT_INTERVAL" default:"10m" doc:"How often jobs that stand still are looked for."`
+	AgentHealthCheckInterval time.Duration `yaml:"agent_health_check_interval" env:"CERTMESH_SCHEDULER_AGENT_HEALTH_CHECK_INTERVAL" default:"2m" doc:"How often silent agents are looked for."`
+	ShortLivedExpiryInterval time.Duration `yaml:"short_lived_expiry_check_interval" env:"CERTMESH_SHORT_LIVED_EXPIRY_CHECK_INTERVAL" default:"30s" doc:"How often statuses that change by time alone are moved."`
+	CRLGenerationInterval    time.Duration `yaml:"crl_generation_interval" env:"CERTMESH_CRL_GENERATION_INTERVAL" default:"1h" doc:"How often CRLs are rebuilt; a revocation rebuilds at once."`
+	RetentionInterval        time.Duration `yaml:"retention_interval" env:"CERTMESH_RETENTION_INTERVAL" default:"1h" doc:"How often old rows are dropped."`
+}
+
+// Jobs bound the work.
+type Jobs struct {
+	RenewalConcurrency      int           `yaml:"renewal_concurrency" env:"CERTMESH_RENEWAL_CONCURRENCY" default:"25" doc:"Calls in flight toward one external issuer; 0 or less counts as 1. Our own CAs take none."`
+	AwaitingCSRTimeout      time.Duration `yaml:"awaiting_csr_timeout" env:"CERTMESH_JOB_AWAITING_CSR_TIMEOUT" default:"24h" doc:"How long a job may wait for a CSR while its agent is online."`
+	AwaitingApprovalTimeout time.Duration `yaml:"awaiting_approval_timeout" env:"CERTMESH_JOB_AWAITING_APPROVAL_TIMEOUT" default:"168h" doc:"How long a job may wait for an operator."`
+	RunningTimeout          time.Duration `yaml:"running_timeout" env:"CERTMESH_JOB_RUNNING_TIMEOUT" default:"30m" doc:"How long an accepted job may run without a result while its agent is online."`
+	VerifyTimeout           time.Duration `yaml:"verify_timeout" env:"CERTMESH_VERIFY_TIMEOUT" default:"5s" doc:"How long a deployment is verified before it counts as failed and is rolled back."`
+	Keep                    time.Duration `yaml:"keep" env:"CERTMESH_JOB_RETENTION" default:"720h" doc:"How long finished jobs are kept."`
+	AgentStale              time.Duration `yaml:"agent_stale" env:"CERTMESH_AGENT_STALE" default:"2m" doc:"Silence after which an agent is Stale."`
+	AgentOffline            time.Duration `yaml:"agent_offline" env:"CERTMESH_AGENT_OFFLINE" default:"5m" doc:"Silence after which an agent is Offline."`
+	ShutdownTimeout         time.Duration `yaml:"shutdown_timeout" env:"CERTMESH_SHUTDOWN_TIMEOUT" default:"30s" doc:"Budget of a graceful stop."`
+}
+
+// Log is what is written to standard error.
+type Log struct {
+	Level  string `yaml:"level" env:"CERTMESH_LOG_LEVEL" default:"info" doc:"debug, info, warn or error."`
+	Format string `yaml:"format" env:"CERTMESH_LOG_FORMAT" default:"json" doc:"json or text."`
+}
+
+// Origin says where a value came from.
+type Origin string
+
+// The origins, weakest first.
+const (
+	FromDefault Origin = "default"
+	FromFile    Origin = "file"
+	FromEnv     Origin = "environment"
+	FromFlag    Origin = "flag"
+)
+
+// Value is one effective setting. Text is "(set)" for secrets.
+type Value struct {
+	Key, Env, Text, Doc, Default string
+	Origin                       Origin
+}
+
+// Loaded is a configuration with its origins.
+type Loaded struct {
+	Config Config
+	values []Value
+}
+
+// Values lists every setting in the struct's order.
+func (l *Loaded) Values() []Value { return l.values }
+
+// Sources are what Load reads. Getenv is os.Getenv-like; Flags maps keys ("listen.grpc") to what flags said.
+type Sources struct {
+	File string
+	// Defaults overrule the struct's defaults, by key.
+	Defaults map[string]string
+	Getenv   func(string) (string, bool)
+	Flags    map[string]string
+}
+
+// Load fills a Config. The error joins every problem found, each naming the key and where the value came from.
+func Load(src Sources) (*Loaded, error) {
+	l := &Loaded{}
+	var fileKeys map[string]bool
+	if src.File != "" {
+		b, err := os.ReadFile(src.File)
+		if err != nil {
+			return nil, fault.Wrap(fault.Invalid, err, "cannot read the configuration file")
+		}
+		var problem error
+		if fileKeys, problem = decodeFile(b, &l.Config); problem != nil {
+			return nil, fault.New(fault.Invalid, "%s: %w", filepath.Base(src.File), problem)
+		}
+	}
+	var problems []error
+	known := map[string]bool{}
+	walk(reflect.ValueOf(&l.Config).Elem(), "", func(key string, f reflect.StructField, v reflect.Value) {
+		known[key] = true
+		origin := FromDefault
+		set := func(text string, from Origin) {
+			if err := setValue(v, text); err != nil {
+				problems = append(problems, fault.InvalidField(key, "%s (from %s): %s", strconv.Quote(shown(f, text)), from, err))
+			}
+			origin = from
+		}
+		if fileKeys[key] {
+			origin = FromFile
+		} else if d, ok := src.Defaults[key]; ok {
+			set(d, FromDefault)
+		} else if d := f.Tag.Get("default"); d != "" {
+			set(d, FromDefault)
+		}
+		if name := f.Tag.Get("env"); name != "" && src.Getenv != nil {
+			if text, ok := src.Getenv(name); ok {
+				set(text, FromEnv)
+			}
+		}
+		if text, ok := src.Flags[key]; ok {
+			set(text, FromFlag)
+		}
+		l.values = append(l.values, Value{Key: key, Env: f.Tag.Get("env"), Text: shown(f, textOf(v)), Doc: f.Tag.Get("doc"),
+			Default: f.Tag.Get("default"), Origin: origin})
+	})
+	for key := range src.Flags {
+		if !known[key] {
+			problems = append(problems, fault.InvalidField(key, "no such setting; `certmeshd config` lists them all"))
+		}
+	}
+	problems = append(problems, l.Config.problems()...)
+	return l, errors.Join(problems...)
+}
+
+// Reference lists all settings with their defaults, for the reference page.
+func Reference() []Value {
+	var out []Value
+	walk(reflect.ValueOf(&Config{}).Elem(), "", func(key string, f reflect.StructField, _ reflect.Value) {
+		out = append(out, Value{Key: key, Env: f.Tag.Get("env"), Default: f.Tag.Get("default"), Doc: f.Tag.Get("doc")})
+	})
+	return out
+}
+
+func (c *Config) problems() []error {
+	var out []error
+	bad := func(key, format string, args ...any) { out = append(out, fault.InvalidField(key, format, args...)) }
+	for key, addr := range map[string]string{"listen.api": c.Listen.API, "listen.grpc": c.Listen.GRPC,
+		"listen.mesh": c.Listen.Mesh, "listen.pki": c.Listen.PKI} {
+		if _, _, err := net.SplitHostPort(addr); err != nil {
+			bad(key, "%q is not host:port", addr)
+		}
+	}
+	if c.Node.ID != "" && strings.Trim(strings.ToLower(c.Node.ID), "abcdefghijklmnopqrstuvwxyz0123456789-.") != "" {
+		bad("node.id", "%q may hold letters, digits, dash and dot only", c.Node.ID)
+	}
+	if d := strings.ToLower(c.Mesh.TrustDomain); d == "" || strings.Trim(d, "abcdefghijklmnopqrstuvwxyz0123456789-._") != "" {
+		bad("mesh.trust_domain", "%q is not a SPIFFE trust domain: use lower-case letters, digits, dash, dot, underscore", c.Mesh.TrustDomain)
+	}
+	if c.Mesh.IdentityTTL < 5*time.Minute || c.Mesh.IdentityTTL > 90*24*time.Hour {
+		bad("mesh.identity_ttl", "%s is not between 5m and 2160h", c.Mesh.IdentityTTL)
+	}
+	if c.Mesh.Handshakes < 1 {
+		bad("mesh.handshakes", "must be 1 or more")
+	}
+	if c.Store.MaxReaders < 1 || c.Store.MaxReaders > 64 {
+		bad("store.max_readers", "%d is not between 1 and 64", c.Store.MaxReaders)
+	}
+	if c.PKI.PublicURL != "" {
+		u, err := url.Parse(c.PKI.PublicURL)
+		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") || u.RawQuery != "" || u.Fragment != "" {
+			bad("pki.public_url", "%q is not an http URL such as http://pki.example.com", c.PKI.PublicURL)
+		}
+	}
+	walk(reflect.ValueOf(c).Elem(), "", func(key string, _ reflect.StructField, v reflect.Value) {
+		if d, ok := v.Interface().(time.Duration); ok && d <= 0 {
+			bad(key, "must be above zero")
+		}
+	})
+	switch c.Log.Level {
+	case "debug", "info", "warn", "error":
+	default:
+		bad("log.level", "%q is not debug, info, warn or error", c.Log.Level)
+	}
+	if c.Log.Format != "json" && c.Log.Format != "text" {
+		bad("log.format", "%q is not json or text", c.Log.Format)
+	}
+	return out
+}
+
+// decodeFile reads YAML strictly and tells which keys it set.
+func decodeFile(b []byte, c *Config) (map[string]bool, error) {
+	d := yaml.NewDecoder(bytes.NewReader(b))
+	d.KnownFields(true)
+	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
+		return nil, err
+	}
+	var root yaml.Node
+	if err := yaml.Unmarshal(b, &root); err != nil {
+		return nil, err
+	}
+	keys := map[string]bool{}
+	var visit func(n *yaml.Node, prefix string)
+	visit = func(n *yaml.Node, prefix string) {
+		if n.Kind != yaml.MappingNode {
+			keys[prefix] = true
+			return
+		}
+		for i := 0; i+1 < len(n.Content); i += 2 {
+			key := n.Content[i].Value
+			if prefix != "" {
+				key = prefix + "." + key
+			}
+			visit(n.Content[i+1], key)
+		}
+	}
+	if len(root.Content) > 0 {
+		visit(root.Content[0], "")
+	}
+	return keys, nil
+}
+
+func walk(v reflect.Value, prefix string, each func(key string, f reflect.StructField, v reflect.Value)) {
+	for i := range v.NumField() {
+		f := v.Type().Field(i)
+		key := f.Tag.Get("yaml")
+		if prefix != "" {
+			key = prefix + "." + key
+		}
+		if f.Type.Kind() == reflect.Struct {
+			walk(v.Field(i), key, each)
+			continue
+		}
+		each(key, f, v.Field(i))
+	}
+}
+
+func setValue(v reflect.Value, text string) error {
+	switch p := v.Addr().Interface().(type) {
+	case *string:
+		*p = text
+	case *bool:
+		b, err := strconv.ParseBool(text)
+		if err != nil {
+			return errors.New("is not true or false")
+		}
+		*p = b
+	case *int:
+		n, err := strconv.Atoi(text)
+		if err != nil {
+			return errors.New("is not a whole number")
+		}
+		*p = n
+	case *time.Duration:
+		d, err := time.ParseDuration(text)
+		if err != nil {
+			return errors.New("is not a duration such as 30s or 1h")
+		}
+		*p = d
+	case *[]string:
+		*p = nil
+		for s := range strings.SplitSeq(text, ",") {
+			if s = strings.TrimSpace(s); s != "" {
+				*p = append(*p, s)
+			}
+		}
+	case encoding.TextUnmarshaler:
+		return p.UnmarshalText([]byte(text))
+	default:
+		return fmt.Errorf("has a type (%s) that cannot be set", v.Type())
+	}
+	return nil
+}
+
+func textOf(v reflect.Value) string {
+	switch x := v.Interface().(type) {
+	case []string:
+		return strings.Join(x, ",")
+	case time.Duration:
+		return x.String()
+	default:
+		return fmt.Sprint(x)
+	}
+}
+
+func shown(f reflect.StructField, text string) string {
+	if f.Tag.Get("secret") == "true" && text != "" {
+		return "(set)"
+	}
+	return text
+}

@@ -1,0 +1,102 @@
+package config
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func write(t *testing.T, text string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "node.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func env(kv map[string]string) func(string) (string, bool) {
+	return func(k string) (string, bool) { v, ok := kv[k]; return v, ok }
+}
+
+func TestPrecedenceAndOrigin(t *testing.T) {
+	t.Parallel()
+	l, err := Load(Sources{
+		File: write(t, "listen:\n  api: 127.0.0.1:1\n  grpc: 127.0.0.1:2\n  mesh: 127.0.0.1:3\nstore:\n  migrate: false\n"),
+		Getenv: env(map[string]string{"CERTMESH_LISTEN_GRPC": "127.0.0.1:22", "CERTMESH_LISTEN_MESH": "127.0.0.1:33",
+			"CERTMESH_STORE_DSN": "postgres://u:hunter2@db/x"}),
+		Flags: map[string]string{"listen.mesh": "127.0.0.1:333"},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]struct {
+		text   string
+		origin Origin
+	}{
+		"listen.api":  {"127.0.0.1:1", FromFile},
+		"listen.grpc": {"127.0.0.1:22", FromEnv},
+		"listen.mesh": {"127.0.0.1:333", FromFlag},
+		"listen.pki":  {":8080", FromDefault},
+		// A value that the file sets to its type's zero is not overwritten by the default.
+		"store.migrate": {"false", FromFile},
+		"store.dsn":     {"(set)", FromEnv},
+	}
+	for _, v := range l.Values() {
+		if strings.Contains(v.Text, "hunter2") {
+			t.Errorf("%s shows a secret", v.Key)
+		}
+		if w, ok := want[v.Key]; ok {
+			if v.Text != w.text || v.Origin != w.origin {
+				t.Errorf("%s = %q from %s, want %q from %s", v.Key, v.Text, v.Origin, w.text, w.origin)
+			}
+			delete(want, v.Key)
+		}
+	}
+	if len(want) > 0 {
+		t.Errorf("missing: %v", want)
+	}
+	if l.Config.Scheduler.RenewalCheckInterval != time.Hour {
+		t.Errorf("renewal check interval %s", l.Config.Scheduler.RenewalCheckInterval)
+	}
+}
+
+func TestEveryProblemIsNamed(t *testing.T) {
+	t.Parallel()
+	_, err := Load(Sources{
+		File: write(t, "listen:\n  api: nowhere\nlog:\n  level: loud\npki:\n  public_url: ftp://x\n"),
+		Getenv: env(map[string]string{"CERTMESH_IDENTITY_TTL": "1s", "CERTMESH_STORE_MAX_READERS": "many",
+			"CERTMESH_SCHEDULER_RETRY_INTERVAL": "0s"}),
+		Flags: map[string]string{"no.such": "1"},
+	})
+	if err == nil {
+		t.Fatal("accepted")
+	}
+	for _, key := range []string{"listen.api", "log.level", "pki.public_url", "mesh.identity_ttl", "store.max_readers",
+		"scheduler.retry_interval", "no.such"} {
+		if !strings.Contains(err.Error(), key) {
+			t.Errorf("%s is not named in: %v", key, err)
+		}
+	}
+}
+
+func TestUnknownKeyIsRefused(t *testing.T) {
+	t.Parallel()
+	_, err := Load(Sources{File: write(t, "listen:\n  apu: 127.0.0.1:1\n")})
+	if err == nil || !strings.Contains(err.Error(), "apu") {
+		t.Fatalf("want an error that names the key, got %v", err)
+	}
+}
+
+func TestEverySettingIsDocumented(t *testing.T) {
+	t.Parallel()
+	envs := map[string]bool{}
+	for _, v := range Reference() {
+		if v.Doc == "" || !strings.HasPrefix(v.Env, "CERTMESH_") || envs[v.Env] {
+			t.Errorf("%s needs a doc and a CERTMESH_ variable of its own (has %q)", v.Key, v.Env)
+		}
+		envs[v.Env] = true
+	}
+}
