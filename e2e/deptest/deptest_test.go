@@ -212,7 +212,7 @@ func TestNoNamelessPackages(t *testing.T) {
 	t.Parallel()
 	refused := []string{"util", "utils", "common", "helper", "helpers", "type", "types", "model", "models", "misc", "shared"}
 	for _, f := range load(t).ours() {
-		for _, element := range strings.Split(f, "/") {
+		for element := range strings.SplitSeq(f, "/") {
 			if slices.Contains(refused, element) {
 				t.Errorf("%s: %q says nothing about what is inside: name the package after its trade", f, element)
 			}

@@ -53,7 +53,7 @@ func readDump(name string) ([]text, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open the dump of executed statements: %w", err)
 	}
-	defer file.Close()
+	defer func() { _ = file.Close() }() // only read
 	var texts []text
 	seen := map[string]bool{}
 	lines := bufio.NewScanner(file)

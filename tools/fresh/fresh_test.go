@@ -84,7 +84,7 @@ func compile(t *testing.T, sources []string) *pluginpb.CodeGeneratorRequest {
 	if err != nil {
 		t.Fatalf("compile the proto files: %v", err)
 	}
-	request := &pluginpb.CodeGeneratorRequest{FileToGenerate: sources, Parameter: proto.String("paths=source_relative")}
+	request := &pluginpb.CodeGeneratorRequest{FileToGenerate: sources, Parameter: new("paths=source_relative")}
 	seen := map[string]bool{}
 	// A generator wants every import before the file that imports it.
 	var add func(file protoreflect.FileDescriptor)
