@@ -1,0 +1,7 @@
+package store
+
+// batches are the methods that share commits.
+type batches struct{}
+
+func (b *batches) start(*Store) {}
+func (b *batches) stop()        {}
