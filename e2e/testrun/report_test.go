@@ -10,7 +10,7 @@ const testSkips = `
 suites:
   - suite: CockroachDB
     package: controlplane/...
-    test: TestStore/cockroach
+    tests: [TestStore/cockroach]
     env: [DSN]
     reason: no server here
   - suite: grammar
@@ -72,11 +72,11 @@ func TestReportEndsWithTheCounts(t *testing.T) {
 func TestParseSkipsRefuses(t *testing.T) {
 	t.Parallel()
 	for name, text := range map[string]string{
-		"no reason":       "suites: [{suite: a, package: p, test: TestA}]",
+		"no reason":       "suites: [{suite: a, package: p, tests: [TestA]}]",
 		"a whole package": "suites: [{suite: a, package: p, reason: r}]",
-		"both kinds":      "suites: [{suite: a, package: p, test: T, module: m, reason: r}]",
-		"a bad glob":      "suites: [{suite: a, package: p, test: '[', reason: r}]",
-		"unknown keys":    "suites: [{suite: a, package: p, tests: T, reason: r}]",
+		"both kinds":      "suites: [{suite: a, package: p, tests: [T], module: m, reason: r}]",
+		"a bad glob":      "suites: [{suite: a, package: p, tests: ['['], reason: r}]",
+		"unknown keys":    "suites: [{suite: a, package: p, test: T, reason: r}]",
 		"a path upwards":  "suites: [{suite: a, module: ../m, reason: r}]",
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -23,9 +24,9 @@ type suite struct {
 	Reason string `yaml:"reason"`
 	// Package is the folder of the tests below the repository's root; "…/..." includes the folders below.
 	Package string `yaml:"package"`
-	// Test is a glob over the full name of the test (as path.Match, element by element); the subtests of what it
-	// matches are included. Required with Package.
-	Test string `yaml:"test"`
+	// Tests are globs over the full name of a test (as path.Match, element by element); the subtests of what they match
+	// are included. Required with Package.
+	Tests []string `yaml:"tests"`
 	// Env names variables: when one of them is set the suite was asked for and must not skip.
 	Env []string `yaml:"env"`
 	// Module is the folder of a module that may be missing as a whole, if the proxy refuses one of its modules.
@@ -46,14 +47,16 @@ func parseSkips(text string) (skipList, error) {
 		case s.Suite == "" || strings.TrimSpace(s.Reason) == "":
 			problems = append(problems, fmt.Errorf("suites[%d]: suite and reason are required", i))
 		case (s.Package == "") == (s.Module == ""):
-			problems = append(problems, fmt.Errorf("suites[%d] (%s): give package and test, or module", i, s.Suite))
-		case s.Package != "" && s.Test == "":
-			problems = append(problems, fmt.Errorf("suites[%d] (%s): test is required; a whole package may not skip", i, s.Suite))
+			problems = append(problems, fmt.Errorf("suites[%d] (%s): give package and tests, or module", i, s.Suite))
+		case s.Package != "" && len(s.Tests) == 0:
+			problems = append(problems, fmt.Errorf("suites[%d] (%s): tests is required; a whole package may not skip", i, s.Suite))
 		case s.Module != "" && !fs.ValidPath(s.Module):
 			problems = append(problems, fmt.Errorf("suites[%d] (%s): module is a folder below the root", i, s.Suite))
 		}
-		if _, err := path.Match(s.Test, ""); err != nil {
-			problems = append(problems, fmt.Errorf("suites[%d] (%s): test: %w", i, s.Suite, err))
+		for _, glob := range s.Tests {
+			if _, err := path.Match(glob, ""); err != nil {
+				problems = append(problems, fmt.Errorf("suites[%d] (%s): tests: %w", i, s.Suite, err))
+			}
 		}
 	}
 	return list, errors.Join(problems...)
@@ -93,7 +96,12 @@ func (s suite) matches(pkg, test string) bool {
 	} else if pkg != s.Package {
 		return false
 	}
-	pattern, name := strings.Split(s.Test, "/"), strings.Split(test, "/")
+	return slices.ContainsFunc(s.Tests, func(glob string) bool { return matchTest(glob, test) })
+}
+
+// matchTest matches element by element, so that a star stays within one.
+func matchTest(glob, test string) bool {
+	pattern, name := strings.Split(glob, "/"), strings.Split(test, "/")
 	if len(name) < len(pattern) {
 		return false
 	}
