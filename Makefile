@@ -22,6 +22,7 @@ BUF_BASE     ?= $(shell $(GIT) describe --tags --abbrev=0 --match 'v*' 2>/dev/nu
 
 CHAOS_ROUNDS ?= 200
 KEEP         ?=
+LINT_FLAGS   ?=
 
 .PHONY: help
 help: ## List the targets
@@ -83,10 +84,10 @@ cover: ## Measure coverage over all packages: bin/test/cover.html
 	go tool cover -func=bin/test/cover.out | tail -n 1
 
 .PHONY: lint
-lint: $(GOLANGCI) ## Run golangci-lint
-	$(GOLANGCI) run ./...
-	cd tools && $(GOLANGCI) run --config ../.golangci.yml ./...
-	cd e2e/sqlgrammar && $(GOLANGCI) run --config ../../.golangci.yml ./...
+lint: $(GOLANGCI) ## Run golangci-lint; LINT_FLAGS=--fix mends what it can
+	$(GOLANGCI) run $(LINT_FLAGS) ./...
+	cd tools && $(GOLANGCI) run $(LINT_FLAGS) --config ../.golangci.yml ./...
+	cd e2e/sqlgrammar && $(GOLANGCI) run $(LINT_FLAGS) --config ../../.golangci.yml ./...
 
 .PHONY: generate
 generate: $(BUF) tools-protoc ## Generate Go from protocol/**/*.proto
@@ -115,7 +116,7 @@ check-proto-lint: $(BUF)
 
 check-proto-breaking: $(BUF)
 	@rm -rf bin/test/proto-base && mkdir -p bin/test/proto-base
-	$(GIT) archive $(BUF_BASE) buf.yaml protocol | tar -x -C bin/test/proto-base
+	$(GIT) archive $(BUF_BASE) buf.yaml ':(glob)protocol/**/*.proto' | tar -x -C bin/test/proto-base
 	$(BUF) breaking --against bin/test/proto-base
 
 check-tidy:
