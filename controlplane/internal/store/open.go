@@ -36,9 +36,9 @@ type Config struct {
 	// Metrics may be nil.
 	Metrics prometheus.Registerer
 
-	// Faults and Observe are seams for tests. Observe is given the text of each statement before it is sent.
+	// Faults and Observe are seams for tests. Observe is given each statement before it is sent.
 	Faults  Faults
-	Observe func(statement string)
+	Observe func(statement string, args []any)
 }
 
 // Store is the truth of the cluster. Its methods may be called from any goroutine.

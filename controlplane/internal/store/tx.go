@@ -69,13 +69,13 @@ func (r row) Scan(dest ...any) error {
 	return r.rows.Err()
 }
 
-func (t *tx) before(query string) error {
+func (t *tx) before(query string, args []any) error {
 	if err := t.ctx.Err(); err != nil {
 		return err
 	}
 	t.statements++
 	if t.s.cfg.Observe != nil {
-		t.s.cfg.Observe(query)
+		t.s.cfg.Observe(query, args)
 	}
 	if t.s.cfg.Faults != nil {
 		return t.s.cfg.Faults.Before(t.name, t.statements)
@@ -85,7 +85,7 @@ func (t *tx) before(query string) error {
 
 // exec runs a statement and returns the number of rows it changed.
 func (t *tx) exec(query string, args ...any) (int64, error) {
-	if err := t.before(query); err != nil {
+	if err := t.before(query, args); err != nil {
 		return 0, err
 	}
 	res, err := t.run.ExecContext(t.ctx, query, args...)
@@ -97,7 +97,7 @@ func (t *tx) exec(query string, args ...any) (int64, error) {
 
 // query runs a statement that returns rows. Close them (or read to the end with each) before the next statement.
 func (t *tx) query(query string, args ...any) (*rows, error) {
-	if err := t.before(query); err != nil {
+	if err := t.before(query, args); err != nil {
 		return nil, err
 	}
 	r, err := t.run.QueryContext(t.ctx, query, args...)
