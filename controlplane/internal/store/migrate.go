@@ -86,8 +86,9 @@ func (s *Store) apply(ctx context.Context, st step) error {
 	}
 	var err error
 	if s.d.ddlInTx {
-		err = s.tx(ctx, "migrate", func(t *tx) error {
-			// The row first: another node that is at the same step waits here, then finds it done.
+		err = s.settled(ctx, "migrate", func(t *tx) error {
+			// The row first: another node that is at the same step waits here, then finds it done; so does this one when
+			// its commit was kept and gave no answer.
 			if err := record(t); err != nil {
 				return err
 			}
@@ -105,7 +106,7 @@ func (s *Store) apply(ctx context.Context, st step) error {
 				return classify("migrate", fmt.Errorf("%s: %w", brief(text), err))
 			}
 		}
-		err = s.tx(ctx, "migrate", record)
+		err = s.settled(ctx, "migrate", record)
 	}
 	if err == nil {
 		return nil
@@ -140,7 +141,7 @@ func (s *Store) applied(ctx context.Context) (map[int64]time.Time, error) {
 		if err = s.read(ctx, "migrate.list", list); err == nil {
 			return done, nil
 		}
-		err = s.tx(ctx, "migrate.table", func(t *tx) error {
+		err = s.settled(ctx, "migrate.table", func(t *tx) error {
 			_, err := t.exec(createMigrationTable)
 			return err
 		})

@@ -1,0 +1,90 @@
+package storetest
+
+import (
+	"strconv"
+	"sync"
+	"testing"
+
+	"github.com/certmesh/certmesh/controlplane/internal/store"
+)
+
+// scenarios are the suite of the hot flow; each begins in a world of its own.
+var scenarios = []struct {
+	name string
+	run  func(*testing.T, *World)
+}{
+	{"wholeFlow", wholeFlow},
+	{"staleWriters", staleWriters},
+	{"oneOfMany", oneOfMany},
+}
+
+// Exercise runs the suite on e. change alters the configuration of every store that is opened.
+func Exercise(t *testing.T, e Engine, change ...func(*store.Config)) {
+	for _, sc := range scenarios {
+		t.Run(sc.name, func(t *testing.T) {
+			t.Parallel()
+			sc.run(t, NewWorld(t, e, change...))
+		})
+	}
+}
+
+// stumble is a store.Faults that makes every other run of a transaction fail once: at a statement with 40001, or at its
+// commit.
+type stumble struct {
+	statement int // negative: none
+	commit    error
+
+	mu   sync.Mutex
+	hits map[string]int
+}
+
+func (f *stumble) odd(name string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.hits == nil {
+		f.hits = map[string]int{}
+	}
+	f.hits[name]++
+	return f.hits[name]%2 == 1
+}
+
+// Before implements store.Faults.
+func (f *stumble) Before(name string, n int) error {
+	if n == f.statement && f.odd(name) {
+		return store.ErrSerialization
+	}
+	return nil
+}
+
+// Commit implements store.Faults.
+func (f *stumble) Commit(name string) error {
+	if f.commit != nil && f.odd(name) {
+		return f.commit
+	}
+	return nil
+}
+
+// stumbles are the ways in which the suite is made to stumble: 40001 at the n-th statement, n from 0 (BEGIN), and commits
+// that are refused or answer nothing.
+func stumbles() map[string]func() store.Faults {
+	const statements = 14 // as many as the longest ordinary transaction has
+	all := map[string]func() store.Faults{}
+	for n := range statements {
+		all["40001 at "+strconv.Itoa(n)] = func() store.Faults { return &stumble{statement: n} }
+	}
+	for name, err := range map[string]error{"40001 at commit": store.ErrSerialization, "kept and untold": store.ErrCommitKept,
+		"lost and untold": store.ErrCommitLost} {
+		all[name] = func() store.Faults { return &stumble{statement: -1, commit: err} }
+	}
+	return all
+}
+
+// ExerciseStumbling runs the suite again under every fault.
+func ExerciseStumbling(t *testing.T, e Engine) {
+	for name, fresh := range stumbles() {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			Exercise(t, e, func(c *store.Config) { c.Faults = fresh() })
+		})
+	}
+}
