@@ -30,7 +30,7 @@ func (s *Store) Agent(ctx context.Context, idOrName string) (domain.Agent, error
 
 // Agents lists agents by id, in one state or in all, and the cursor of the next page.
 func (s *Store) Agents(ctx context.Context, state domain.AgentState, p domain.PageRequest) ([]domain.Agent, string, error) {
-	size, after, err := pageAfter(p, id.Agent)
+	size, after, err := pageAfter(p, id.Agent+"_")
 	if err != nil {
 		return nil, "", err
 	}

@@ -24,7 +24,7 @@ func scanAudit(scan scanner) (domain.AuditEvent, error) {
 
 // AuditEvents lists the trail, the newest first, of one resource ("certificate/cert_…") or of all.
 func (s *Store) AuditEvents(ctx context.Context, resource string, p domain.PageRequest) ([]domain.AuditEvent, string, error) {
-	size, after, err := pageAfter(p, id.Audit)
+	size, after, err := pageAfter(p, id.Audit+"_")
 	if err != nil {
 		return nil, "", err
 	}

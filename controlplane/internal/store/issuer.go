@@ -76,7 +76,7 @@ func settingsText(b []byte) string {
 
 // Issuers lists issuers by id, and the cursor of the next page.
 func (s *Store) Issuers(ctx context.Context, p domain.PageRequest) ([]domain.Issuer, string, error) {
-	size, after, err := pageAfter(p, id.Issuer)
+	size, after, err := pageAfter(p, id.Issuer+"_")
 	if err != nil {
 		return nil, "", err
 	}

@@ -84,7 +84,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (name) DO NOTHING`, p.ID, p.
 
 // Profiles lists profiles by id, and the cursor of the next page.
 func (s *Store) Profiles(ctx context.Context, p domain.PageRequest) ([]domain.Profile, string, error) {
-	size, after, err := pageAfter(p, id.Profile)
+	size, after, err := pageAfter(p, id.Profile+"_")
 	if err != nil {
 		return nil, "", err
 	}

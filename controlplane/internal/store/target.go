@@ -52,7 +52,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)`, g.ID, g.Name, a.ID, g.Kind, s
 
 // Targets lists targets by id, of one agent (id or name) or of all, and the cursor of the next page.
 func (s *Store) Targets(ctx context.Context, agentID string, p domain.PageRequest) ([]domain.Target, string, error) {
-	size, after, err := pageAfter(p, id.Target)
+	size, after, err := pageAfter(p, id.Target+"_")
 	if err != nil {
 		return nil, "", err
 	}
