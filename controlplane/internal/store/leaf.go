@@ -31,8 +31,10 @@ func (l leafState) never() bool {
 // ended refuses jobs for a leaf that is no longer kept.
 func (l leafState) ended() error {
 	switch {
-	case l.leaf.Revoked || l.status == domain.CertificateRevoked || l.status == domain.CertificateArchived:
-		return fault.New(fault.Conflict, "certificate %s is %s at agent %s and is not renewed", l.leaf.CertificateID, domain.CertificateRevoked, l.leaf.AgentID)
+	case l.status == domain.CertificateArchived:
+		return fault.New(fault.Conflict, "certificate %s is archived and is not renewed", l.leaf.CertificateID)
+	case l.leaf.Revoked || l.status == domain.CertificateRevoked:
+		return fault.New(fault.Conflict, "certificate %s is revoked at agent %s and is not renewed", l.leaf.CertificateID, l.leaf.AgentID)
 	case l.agent == domain.AgentRetired:
 		return fault.New(fault.Conflict, "agent %s is retired", l.leaf.AgentID)
 	}
@@ -55,9 +57,12 @@ JOIN certificate ON certificate.id = leaf.certificate_id JOIN agent ON agent.id 
 			if err := scan(append(l.dest(), &s.status, &policy, &s.agent)...); err != nil {
 				return err
 			}
+			if err := fromJSON(policy, &s.policy); err != nil {
+				return err
+			}
 			s.leaf = l.toDomain()
 			found[leafID{s.leaf.CertificateID, s.leaf.AgentID}] = s
-			return fromJSON(policy, &s.policy)
+			return nil
 		})
 	})
 	return found, err

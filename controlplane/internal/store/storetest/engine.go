@@ -36,7 +36,7 @@ import (
 type Engine struct {
 	// Name is what Store.Dialect says.
 	Name string
-	// New returns the DSN of a fresh, empty database that is dropped when the test ends.
+	// New returns the DSN of a fresh, empty database that is nobody else's until the test ends.
 	New func(t testing.TB) string
 	// Driver and Source open the database past the store, for looking at it.
 	Driver string
@@ -112,50 +112,52 @@ func (e Engine) SQL(t testing.TB, dsn string) *sql.DB {
 
 func newSQLite(t testing.TB) string { return "sqlite:" + filepath.Join(t.TempDir(), "store.db") }
 
-// newDatabase creates a database on the server of base, from a template if one is named, and returns its URL.
-func newDatabase(t testing.TB, base, template string) string {
+func newCockroach(t testing.TB, base string) string {
 	t.Helper()
-	admin, err := sql.Open("pgx", base)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = admin.Close() }()
+	dsn, name := newDatabase(t, base, "")
+	t.Cleanup(func() {
+		if err := dropDatabase(base, name); err != nil {
+			t.Error(err)
+		}
+	})
+	return "cockroach" + strings.TrimPrefix(dsn, "postgres")
+}
+
+// newDatabase creates a database on the server of base, from a template if one is named, and returns its URL and name.
+func newDatabase(t testing.TB, base, template string) (dsn, name string) {
+	t.Helper()
 	var b [6]byte
 	_, _ = rand.Read(b[:])
-	name := "t" + hex.EncodeToString(b[:])
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
+	name = "t" + hex.EncodeToString(b[:])
 	statement := "CREATE DATABASE " + name
 	if template != "" {
 		statement += " TEMPLATE " + template
 	}
-	if _, err := admin.ExecContext(ctx, statement); err != nil {
-		t.Fatalf("%s: %v", statement, err)
+	if err := administer(base, statement); err != nil {
+		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		admin, err := sql.Open("pgx", base)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer func() { _ = admin.Close() }()
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		drop := "DROP DATABASE " + name
-		if template != "" {
-			drop += " WITH (FORCE)"
-		}
-		if _, err := admin.ExecContext(ctx, drop); err != nil {
-			t.Errorf("%s: %v", drop, err)
-		}
-	})
 	u, err := url.Parse(base)
 	if err != nil {
 		t.Fatal(err)
 	}
-	u.Path = "/" + name
-	u.Scheme = "postgres"
-	return u.String()
+	u.Path, u.Scheme = "/"+name, "postgres"
+	return u.String(), name
+}
+
+func dropDatabase(base, name string) error { return administer(base, "DROP DATABASE "+name) }
+
+func administer(base, statement string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	admin, err := sql.Open("pgx", base)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = admin.Close() }()
+	if _, err := admin.ExecContext(ctx, statement); err != nil {
+		return fmt.Errorf("%s: %w", statement, err)
+	}
+	return nil
 }
 
 // dump collects the statements that were run, once each.

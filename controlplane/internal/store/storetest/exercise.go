@@ -16,6 +16,19 @@ var scenarios = []struct {
 	{"wholeFlow", wholeFlow},
 	{"staleWriters", staleWriters},
 	{"oneOfMany", oneOfMany},
+	{"failures", failures},
+	{"lostKey", lostKey},
+	{"restored", restored},
+	{"movedDeployment", movedDeployment},
+	{"disabledTarget", disabledTarget},
+	{"sessions", sessions},
+	{"rejections", rejections},
+	{"herd", herd},
+	{"fences", fences},
+	{"postponing", postponing},
+	{"statuses", statuses},
+	{"reaping", reaping},
+	{"retaining", retaining},
 }
 
 // Exercise runs the suite on e. change alters the configuration of every store that is opened.
