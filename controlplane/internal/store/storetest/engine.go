@@ -51,9 +51,7 @@ func Engines(t testing.TB) []Engine {
 	list = append(list, Engine{Name: "postgres", Driver: "pgx", New: newPostgres, Source: func(dsn string) string { return dsn }})
 	if base := os.Getenv("COCKROACH_URL"); base != "" {
 		list = append(list, Engine{Name: "cockroach", Driver: "pgx",
-			New: func(t testing.TB) string {
-				return "cockroach" + strings.TrimPrefix(newDatabase(t, base, ""), "postgres")
-			},
+			New:    func(t testing.TB) string { return newCockroach(t, base) },
 			Source: func(dsn string) string { return "postgres" + strings.TrimPrefix(dsn, "cockroach") }})
 	}
 	return list
