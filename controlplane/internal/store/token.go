@@ -52,7 +52,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)`, k.ID, k.Hash, labels, k.MaxUses, k
 	})
 }
 
-const tokenColumns = `join_token.id, join_token.hash, join_token.labels, join_token.max_uses, join_token.uses,
+const joinColumns = `join_token.id, join_token.hash, join_token.labels, join_token.max_uses, join_token.uses,
  join_token.expires_at, join_token.revoked_at, join_token.created_by, join_token.created_at`
 
 func scanToken(scan scanner) (domain.JoinToken, error) {
@@ -70,7 +70,7 @@ var errTokenUnknown = fault.New(fault.Unauthorized, "the join token is not known
 
 // token reads a token and judges all but its uses. Who does not know the secret learns nothing about the token.
 func (t *tx) token(e domain.Enrollment) (domain.JoinToken, error) {
-	k, err := one(t, errTokenUnknown, "SELECT "+tokenColumns+" FROM join_token WHERE join_token.id = $1", []any{e.TokenID}, scanToken)
+	k, err := one(t, errTokenUnknown, "SELECT "+joinColumns+" FROM join_token WHERE join_token.id = $1", []any{e.TokenID}, scanToken)
 	missing := fault.Is(err, fault.Unauthorized)
 	if err != nil && !missing {
 		return k, err

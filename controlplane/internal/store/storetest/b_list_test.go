@@ -142,7 +142,10 @@ func TestHostilePages(t *testing.T) {
 			}
 			for _, after := range []string{"garbage!", "x", b64(nil) + "=", b64([]byte("zzz")), b64([]byte{0}), b64([]byte("cert_\x00")), b64([]byte("agt_\xff")),
 				b64([]byte("agt_1/x")), b64([]byte("' OR 1=1 --")), b64([]byte(strings.Repeat("x", 600))), strings.Repeat("A", 1<<20)} {
-				if err := list(domain.PageRequest{After: after}); !fault.Is(err, fault.Invalid) && !(name == "agents" && after == b64([]byte("agt_1/x"))) {
+				if name == "agents" && after == b64([]byte("agt_1/x")) {
+					continue // it could be an agent's id
+				}
+				if err := list(domain.PageRequest{After: after}); !fault.Is(err, fault.Invalid) {
 					t.Errorf("%s after %.30q: %v", name, after, err)
 				}
 			}
@@ -326,7 +329,7 @@ func TestListsAreLedByIndexes(t *testing.T) {
 			}
 			for _, s := range log {
 				plan := explain(s)
-				for _, line := range strings.Split(plan, "\n") {
+				for line := range strings.SplitSeq(plan, "\n") {
 					bad := strings.Contains(line, "Seq Scan") ||
 						strings.HasPrefix(line, "SCAN ") && !strings.Contains(line, "USING") && line != "SCAN CONSTANT ROW"
 					sort := strings.Contains(line, "Sort  (") || strings.Contains(line, "USE TEMP B-TREE FOR ORDER BY") ||

@@ -50,16 +50,13 @@ func (f *stumble) next(name string) int {
 // Before implements store.Faults. A run is over at its first failure, so its statement is remembered under its name.
 func (f *stumble) Before(name string, n int) error {
 	const tries, statements = 6, 16
-	if f.commit != nil {
-		return nil
-	}
-	if n == 0 {
+	if n == 0 && f.commit == nil {
 		f.next(name)
 	}
 	f.mu.Lock()
 	run := f.runs[name] - 1
 	f.mu.Unlock()
-	if run%tries != tries-1 && n == (run-run/tries)%statements {
+	if f.commit == nil && run%tries != tries-1 && n == (run-run/tries)%statements {
 		return store.ErrSerialization
 	}
 	return nil

@@ -20,7 +20,7 @@ func together(t *testing.T, calls ...func() error) {
 		wg.Go(func() {
 			<-begin
 			switch err := call(); {
-			case err == nil, fault.Is(err, fault.Conflict), fault.Is(err, fault.Forbidden), fault.Is(err, fault.Invalid), fault.Is(err, fault.Retryable):
+			case err == nil, fault.Is(err, fault.Conflict), fault.Is(err, fault.Forbidden), fault.Is(err, fault.Unauthorized), fault.Is(err, fault.Invalid), fault.Is(err, fault.Retryable):
 			default:
 				t.Errorf("%v", err)
 			}
@@ -48,16 +48,23 @@ func TestRetireAgainstTheRest(t *testing.T) {
 			c, _ := x.create(x.order(fmt.Sprintf("site-%d", i), g, other))
 			x.issue(c, a.ID, fmt.Sprintf("a%d", i), 1, x.now.Add(time.Hour))
 			n := x.order(fmt.Sprintf("late-%d", i), g)
+			hello := domain.SessionOpen{AgentID: a.ID, Node: "n1", BootID: "b", Protocol: 1, IdentitySerial: fmt.Sprintf("i%d", i), At: x.now}
+			x.must(x.RecordIdentity(x.ctx, domain.Identity{Serial: hello.IdentitySerial, AgentID: a.ID, SPKI: "s"}, x.op()))
 			together(t,
 				func() error { _, err := x.RetireAgent(x.ctx, a.ID, "gone", x.op()); return err },
 				func() error {
 					return x.RecordIdentity(x.ctx, domain.Identity{Serial: fmt.Sprintf("%d", i), AgentID: a.ID, SPKI: "s"}, x.op())
 				},
+				func() error { return x.OpenSessions(x.ctx, []domain.SessionOpen{hello})[0].Err },
 				func() error { _, _, err := x.CreateCertificate(x.ctx, n); return err },
 				func() error { _, err := x.RenewCertificate(x.ctx, c.ID, "r", x.op()); return err })
 			if _, err := x.RetireAgent(x.ctx, a.ID, "gone", x.op()); err != nil {
 				t.Fatal(err)
 			}
+			refused(t, x.OpenSessions(x.ctx, []domain.SessionOpen{hello})[0].Err, fault.Forbidden)
+			now, err := x.Agent(x.ctx, a.ID)
+			x.must(err)
+			same(t, "state", now.State, domain.AgentRetired)
 			if n := x.number("SELECT COUNT(*) FROM agent_identity WHERE agent_id = $1 AND revoked_at = 0", a.ID); n != 0 {
 				t.Errorf("run %d: %d identities of a retired agent are good", i, n)
 			}
