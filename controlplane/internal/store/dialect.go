@@ -64,6 +64,10 @@ func mayRepeat(err error) bool {
 		"25P03": // idle_in_transaction_session_timeout: this process was stopped for longer than that
 		return true
 	}
+	var early cutOff
+	if errors.As(err, &early) {
+		return true
+	}
 	var lite *sqlite.Error
 	if errors.As(err, &lite) {
 		c := lite.Code() & 0xff
@@ -145,12 +149,12 @@ func classify(name string, err error) error {
 		return err
 	case errors.Is(err, errAmbiguous):
 		return fault.Wrap(fault.Retryable, err, "the database did not say whether %s was kept; ask again", name)
-	case mayRepeat(err):
-		return fault.Wrap(fault.Retryable, err, "the database was too busy for %s; try again", name)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return fmt.Errorf("store: %s: %w", name, err)
 	case gone(err):
 		return fault.Wrap(fault.Retryable, err, "the database does not answer; try again when it does")
+	case mayRepeat(err):
+		return fault.Wrap(fault.Retryable, err, "the database was too busy for %s; try again", name)
 	default:
 		return fault.Wrap(fault.Internal, err, "the store failed at %s", name)
 	}

@@ -158,3 +158,20 @@ func (s *Store) Close() error {
 	})
 	return err
 }
+
+// Settings returns what the database says of its session settings; SQLite has none. For tests and support.
+func (s *Store) Settings(ctx context.Context, names ...string) ([]string, error) {
+	values := make([]string, len(names))
+	if s.d.name == nameSQLite {
+		return values, nil
+	}
+	err := s.read(ctx, "settings", func(t *tx) error {
+		for i, n := range names {
+			if err := t.queryRow("SELECT current_setting($1)", n).Scan(&values[i]); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return values, err
+}

@@ -255,6 +255,9 @@ func (s *Store) writePostgres(ctx context.Context, t *tx, level sql.IsolationLev
 	t.run = x
 	if err := t.do(fn); err != nil {
 		_ = x.Rollback()
+		if gone(err) && ctx.Err() == nil {
+			return cutOff{err}
+		}
 		return err
 	}
 	keep, after := s.commitFault(t)
@@ -273,6 +276,12 @@ func (s *Store) writePostgres(ctx context.Context, t *tx, level sql.IsolationLev
 	}
 	return after
 }
+
+// cutOff: the connection was lost before COMMIT was sent, perhaps because this process stood still in the transaction.
+// Nothing was kept.
+type cutOff struct{ error }
+
+func (c cutOff) Unwrap() error { return c.error }
 
 func (s *Store) writeCockroach(ctx context.Context, t *tx, tries *int, level sql.IsolationLevel, fn func(*tx) error) error {
 	var after error

@@ -37,13 +37,18 @@ func NewWorld(t testing.TB, e Engine, change ...func(*store.Config)) *World {
 	dsn := e.New(t)
 	w := &World{Engine: e, DSN: dsn, now: Start}
 	w.S = e.OpenAt(t, dsn, change...)
+	w.seed(t)
+	return w
+}
+
+func (w *World) seed(t testing.TB) {
+	t.Helper()
 	ctx := t.Context()
 	w.Profile, w.Issuer = id.New(id.Profile), id.New(id.Issuer)
 	must(t, w.S.SeedProfiles(ctx, []domain.Profile{{ID: w.Profile, Name: "tls", KeyAlgorithm: domain.ECDSAP256,
 		Allowed: domain.KeyAlgorithms, EKUs: []domain.EKU{domain.EKUServerAuth}, TTL: 47 * 24 * time.Hour, MaxTTL: 90 * 24 * time.Hour, CreatedAt: Start}}))
 	must(t, w.S.CreateIssuer(ctx, domain.Issuer{ID: w.Issuer, Name: "ca", Kind: domain.IssuerLocal},
 		domain.CA{Chain: [][]byte{der(1), der(2)}, KeyURI: "sealed:x", PublicURL: "http://pki.test"}, nil, w.Op()))
-	return w
 }
 
 func must(t testing.TB, err error) {
@@ -110,11 +115,17 @@ func (w *World) Target(t testing.TB, agentID, name string) domain.Target {
 // Order orders a certificate for the targets.
 func (w *World) Order(t testing.TB, name string, policy domain.Policy, targets ...string) (domain.Certificate, []domain.Job) {
 	t.Helper()
-	c, jobs, err := w.S.CreateCertificate(t.Context(), domain.NewCertificate{TargetIDs: targets, Op: w.Op(),
-		Certificate: domain.Certificate{ID: id.New(id.Certificate), Name: name, IssuerID: w.Issuer, ProfileID: w.Profile, Policy: policy,
-			Names: domain.Names{CommonName: name, DNS: []string{name, "www." + name}, IP: []string{"192.0.2.1"}}}})
+	n := w.order(name, targets...)
+	n.Certificate.Policy = policy
+	c, jobs, err := w.S.CreateCertificate(t.Context(), n)
 	must(t, err)
 	return c, jobs
+}
+
+func (w *World) order(name string, targets ...string) domain.NewCertificate {
+	return domain.NewCertificate{TargetIDs: targets, Op: w.Op(),
+		Certificate: domain.Certificate{ID: id.New(id.Certificate), Name: name, IssuerID: w.Issuer, ProfileID: w.Profile,
+			Names: domain.Names{CommonName: name, DNS: []string{name, "www." + name}, IP: []string{"192.0.2.1"}}}}
 }
 
 // Hello is the agent's, from the node.

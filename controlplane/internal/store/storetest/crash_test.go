@@ -1,0 +1,144 @@
+package storetest
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/id"
+	"github.com/certmesh/certmesh/controlplane/internal/store"
+)
+
+// cutter is a store.Faults under which the process dies at the at-th event from arm on: an event is a statement, the
+// moment before a commit, or the moment after it.
+type cutter struct {
+	mu     sync.Mutex
+	at     int
+	events int
+	dead   bool
+}
+
+func (c *cutter) arm(at int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.at, c.events, c.dead = at, 0, false
+}
+
+func (c *cutter) event() bool {
+	c.events++
+	c.dead = c.dead || c.at > 0 && c.events == c.at
+	return c.dead
+}
+
+func (c *cutter) Before(string, int) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.event() {
+		return store.ErrCut
+	}
+	return nil
+}
+
+func (c *cutter) Commit(string) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.event() {
+		return store.ErrCut
+	}
+	if c.event() {
+		return store.ErrCutAfterCommit
+	}
+	return nil
+}
+
+// drive takes an order to its end from whatever is stored, as a node does that has just started.
+func drive(w *World, s *store.Store, t *testing.T, a domain.Agent, n domain.NewCertificate) error {
+	ctx := t.Context()
+	if _, _, err := s.CreateCertificate(ctx, n); err != nil {
+		return err
+	}
+	session := s.OpenSessions(ctx, []domain.SessionOpen{w.Hello(a.ID, "n1")})[0]
+	if session.Err != nil {
+		return session.Err
+	}
+	for {
+		work, err := s.OpenWork(ctx, []string{a.ID})
+		if err != nil || len(work) == 0 {
+			return err
+		}
+		for _, x := range work {
+			if err := step(w, s, t, x, session.Epoch); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func step(w *World, s *store.Store, t *testing.T, x domain.Work, epoch domain.Epoch) error {
+	ctx, j := t.Context(), x.Job
+	if err := s.Dispatch(ctx, []domain.Dispatch{{JobID: j.ID, AgentID: j.AgentID, Attempt: j.Attempt, Epoch: epoch, At: w.Now()}})[0]; err != nil {
+		return err
+	}
+	if err := s.Accept(ctx, []domain.Acceptance{{JobID: j.ID, AgentID: j.AgentID, Attempt: j.Attempt + 1, At: w.Now()}})[0]; err != nil {
+		return err
+	}
+	if j.Kind == domain.JobDeployment {
+		return s.CompleteDeployments(ctx, []domain.DeployResult{w.Deployed(x, j.Attempt+1)})[0].Err
+	}
+	// The host keeps its key over a crash of the server.
+	it := s.RecordIntents(ctx, []domain.Intent{w.Intent(j, j.Attempt+1, "key of "+j.CertificateID)})[0]
+	if it.Err != nil {
+		return it.Err
+	}
+	issued := w.Signed(it.Intent)
+	issued.Attempt = j.Attempt + 1
+	return s.RecordIssued(ctx, []domain.Issued{issued})[0].Err
+}
+
+// A process is cut at every single event of an issuance, from the order to the proof that it is served; the next process
+// takes it to its end, with one certificate signed.
+func TestCutAnywhere(t *testing.T) {
+	t.Parallel()
+	Each(t, func(t *testing.T, e Engine) {
+		w := NewWorld(t, e)
+		a := w.Agent(t, "web1")
+		one, two := w.Target(t, a.ID, "one"), w.Target(t, a.ID, "two")
+		at := 0
+		for done := false; !done; {
+			at++
+			n := w.order(fmt.Sprintf("c%d.test", at), one.ID, two.ID)
+			n.RequestID = id.New(id.Request)
+			cut := &cutter{}
+			s := e.OpenAt(t, w.DSN, func(c *store.Config) { c.Faults = cut })
+			cut.arm(at)
+			err := drive(w, s, t, a, n)
+			cut.mu.Lock()
+			done = !cut.dead
+			cut.mu.Unlock()
+			if err != nil && (done || !errors.Is(err, store.ErrCut)) {
+				t.Fatalf("cut at %d: %v", at, err)
+			}
+			must(t, s.Close())
+			must(t, drive(w, w.S, t, a, n))
+			v := w.View(t, n.Certificate.ID)
+			if v.Certificate.Status != domain.CertificateActive || v.Leaves[0].Current != 1 || v.Leaves[0].Generation != 1 {
+				t.Fatalf("cut at %d: %+v", at, v)
+			}
+			for _, p := range v.Placements {
+				if p.State != domain.PlacementServed || p.InstalledGeneration != 1 {
+					t.Fatalf("cut at %d: %+v", at, p)
+				}
+			}
+		}
+		w.Check(t)
+		if n := w.count(t, "SELECT COUNT(*) FROM version"); n != at {
+			t.Fatalf("%d versions of %d certificates", n, at)
+		}
+		if at < 40 {
+			t.Fatalf("the flow has only %d events", at)
+		}
+		t.Logf("cut at each of %d events", at-1)
+	})
+}
