@@ -271,8 +271,8 @@ func (t *tx) deleteJobs(jobs []overJob) error {
 	if v.rows > 0 {
 		text := v.with()
 		// A lost key abandons a generation below the job's last one.
-		_, err := t.exec(text+` DELETE FROM intent WHERE intent.state = `+v.arg(string(domain.IntentAbandoned))+`
- AND EXISTS (SELECT 1 FROM v WHERE v.c = intent.certificate_id AND v.a = intent.agent_id AND intent.generation <= v.g)`, v.args...)
+		_, err := t.exec(text+` DELETE FROM intent WHERE id IN (SELECT over.id FROM v JOIN intent AS over
+ ON over.certificate_id = v.c AND over.agent_id = v.a AND over.generation <= v.g AND over.state = `+v.arg(string(domain.IntentAbandoned))+`)`, v.args...)
 		if err != nil {
 			return err
 		}

@@ -269,23 +269,37 @@ UNION ALL SELECT intent.id FROM intent LEFT JOIN version ON intent.certificate_i
 // Check holds the rows against the invariants of ARCHITECTURE.md section 5.
 func (w *World) Check(t testing.TB) {
 	t.Helper()
+	broken, err := w.Broken(w.DB(t))
+	must(t, err)
+	for _, b := range broken {
+		t.Errorf("broken: %s", b)
+	}
+}
+
+// Broken lists the breaches of the invariants.
+func (w *World) Broken(db *sql.DB) ([]string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
+	var broken []string
 	for _, r := range rules {
-		rows, err := w.DB(t).QueryContext(ctx, r.query)
-		if err != nil {
-			t.Fatalf("%s: %v", r.name, err)
-		}
-		for rows.Next() {
-			var what string
-			if err := rows.Scan(&what); err != nil {
-				t.Fatal(err)
+		err := func() error {
+			rows, err := db.QueryContext(ctx, r.query)
+			if err != nil {
+				return fmt.Errorf("%s: %w", r.name, err)
 			}
-			t.Errorf("broken: %s: %s", r.name, what)
+			defer func() { _ = rows.Close() }()
+			for rows.Next() {
+				var what string
+				if err := rows.Scan(&what); err != nil {
+					return err
+				}
+				broken = append(broken, r.name+": "+what)
+			}
+			return rows.Err()
+		}()
+		if err != nil {
+			return nil, err
 		}
-		if err := rows.Err(); err != nil {
-			t.Fatal(err)
-		}
-		_ = rows.Close()
 	}
+	return broken, nil
 }
