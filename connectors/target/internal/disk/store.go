@@ -167,11 +167,15 @@ func (s *Store) access(path, field string) (*dir, error) {
 // Receipt is what Undo and Repair need. It holds digests of files, never their content.
 type Receipt struct {
 	V int `json:"v"`
-	// Versions: the directory, the new version's name, the former one's ("" for none), whether Stage made Dir.
+	// Versions: the directory, the new version's name, the former one's ("" for none), whether Stage made Dir
+	// and the directory of versions in it.
 	Dir  string `json:"dir,omitempty"`
 	New  string `json:"new,omitempty"`
 	Old  string `json:"old,omitempty"`
 	Made bool   `json:"made,omitempty"`
+
+	MadeVersions bool `json:"made_versions,omitempty"`
+
 	// Files: one by one. Backups says that Commit keeps them.
 	Files   []FileReceipt `json:"files,omitempty"`
 	Backups bool          `json:"backups,omitempty"`

@@ -125,8 +125,11 @@ func (s *Store) stageVersion(ctx context.Context, data [][]byte) (_ Receipt, err
 	}
 	if vs == nil {
 		if err := d.mkdir(versionsDir, 0o755); err != nil {
+			// It may be there already, with a wrong mode.
+			_ = d.remove(versionsDir)
 			return r, trouble(err, field, "a directory for versions cannot be made in %s", s.cfg.Dir)
 		}
+		r.MadeVersions = true
 		if vs, err = d.enter(versionsDir, field); err != nil {
 			return r, err
 		}
@@ -404,9 +407,9 @@ func (s *Store) cleanVersion(r Receipt) error {
 	return trouble2(err, s.cfg.DirField, "what was staged in %s cannot be removed", r.Dir)
 }
 
-// unmake removes the directory of versions if it is empty by now, and Dir if it is too and Stage made it.
+// unmake removes the directory of versions and Dir, as far as Stage made them and they are empty by now.
 func (s *Store) unmake(d *dir, r Receipt) error {
-	if d.exists(versionsDir) {
+	if r.MadeVersions && d.exists(versionsDir) {
 		vs, err := d.enter(versionsDir, s.cfg.DirField)
 		if err != nil {
 			return err
