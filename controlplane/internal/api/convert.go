@@ -1,0 +1,180 @@
+package api
+
+import (
+	"encoding/pem"
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	operatorpb "github.com/certmesh/certmesh/protocol/operator/v1"
+)
+
+// stamp leaves out what has not happened.
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+func pageOf(p *operatorpb.Page) domain.PageRequest {
+	return domain.PageRequest{Size: int(p.GetSize()), After: p.GetCursor()}
+}
+
+func each[A, B any](in []A, f func(A) B) []B {
+	out := make([]B, 0, len(in))
+	for _, a := range in {
+		out = append(out, f(a))
+	}
+	return out
+}
+
+func policyOf(p *operatorpb.RenewalPolicy) domain.Policy {
+	out := domain.Policy{Fraction: p.GetFraction(), Disabled: p.GetDisabled()}
+	for _, d := range p.GetAlertThresholdsDays() {
+		out.AlertThresholdsDays = append(out.AlertThresholdsDays, int(d))
+	}
+	for _, w := range p.GetWindows() {
+		window := domain.Window{Start: int(w.GetStartMinute()), End: int(w.GetEndMinute())}
+		for _, d := range w.GetDays() {
+			window.Days = append(window.Days, int(d))
+		}
+		out.Windows = append(out.Windows, window)
+	}
+	return out
+}
+
+func policyPB(p domain.Policy) *operatorpb.RenewalPolicy {
+	out := &operatorpb.RenewalPolicy{Fraction: p.Fraction, Disabled: p.Disabled}
+	for _, d := range p.AlertThresholdsDays {
+		out.AlertThresholdsDays = append(out.AlertThresholdsDays, int32(d))
+	}
+	for _, w := range p.Windows {
+		window := &operatorpb.RenewalWindow{StartMinute: int32(w.Start), EndMinute: int32(w.End)}
+		for _, d := range w.Days {
+			window.Days = append(window.Days, int32(d))
+		}
+		out.Windows = append(out.Windows, window)
+	}
+	return out
+}
+
+func certificatePB(c domain.Certificate, n domain.PlacementCounts) *operatorpb.Certificate {
+	return &operatorpb.Certificate{
+		Id: c.ID, Name: c.Name,
+		Names: &operatorpb.Names{
+			CommonName: c.Names.CommonName, Dns: c.Names.DNS, Ip: c.Names.IP, Email: c.Names.Email, Uri: c.Names.URI,
+		},
+		IssuerId: c.IssuerID, ProfileId: c.ProfileID, Owner: c.Owner, Policy: policyPB(c.Policy), Status: string(c.Status),
+		NotAfter: stamp(c.NotAfter), CreatedAt: stamp(c.CreatedAt), UpdatedAt: stamp(c.UpdatedAt), Revision: c.Revision,
+		PlacementsCurrent: int32(n.Current), PlacementsTotal: int32(n.Total),
+	}
+}
+
+// viewPB is a certificate with its leaves and placements.
+func viewPB(v domain.CertificateView) *operatorpb.Certificate {
+	wanted := map[string]int64{}
+	for _, l := range v.Leaves {
+		wanted[l.AgentID] = l.Current
+	}
+	counts := domain.PlacementCounts{Total: len(v.Placements)}
+	placements := make([]*operatorpb.Placement, 0, len(v.Placements))
+	for _, p := range v.Placements {
+		now := current(p, wanted[p.AgentID])
+		if now {
+			counts.Current++
+		}
+		placements = append(placements, &operatorpb.Placement{
+			TargetId: p.TargetID, TargetName: v.TargetNames[p.TargetID], AgentId: p.AgentID, State: string(p.State),
+			InstalledGeneration: p.InstalledGeneration, ServedGeneration: p.ServedGeneration,
+			InstalledFingerprint: p.InstalledFingerprint, ServedFingerprint: p.ServedFingerprint,
+			ServedAt: stamp(p.ServedAt), LastError: p.LastError, Current: now,
+		})
+	}
+	out := certificatePB(v.Certificate, counts)
+	out.Placements = placements
+	out.Leaves = each(v.Leaves, leafPB)
+	return out
+}
+
+// current reports whether a placement serves the wanted generation or, where it is not probed, holds it.
+func current(p domain.Placement, wanted int64) bool {
+	return wanted > 0 && (p.ServedGeneration == wanted || p.State == domain.PlacementInstalled && p.InstalledGeneration == wanted)
+}
+
+func leafPB(l domain.Leaf) *operatorpb.Leaf {
+	return &operatorpb.Leaf{
+		AgentId: l.AgentID, Generation: l.Current, OrderedGeneration: l.Generation, Serial: l.Serial,
+		NotBefore: stamp(l.NotBefore), NotAfter: stamp(l.NotAfter), DueAt: stamp(l.DueAt), Failures: int32(l.Failures),
+		BackoffUntil: stamp(l.BackoffUntil), LastError: l.LastError,
+	}
+}
+
+func pemOf(chain ...[]byte) string {
+	var b strings.Builder
+	for _, der := range chain {
+		b.Write(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	}
+	return b.String()
+}
+
+func versionPB(v domain.Version) *operatorpb.Version {
+	out := &operatorpb.Version{
+		Serial: v.Serial, AgentId: v.AgentID, Generation: v.Generation, Fingerprint: v.Fingerprint,
+		KeyAlgorithm: string(v.KeyAlgorithm), NotBefore: stamp(v.NotBefore), NotAfter: stamp(v.NotAfter),
+		RevokedAt: stamp(v.RevokedAt), CreatedAt: stamp(v.CreatedAt), IssuerId: v.IssuerID,
+		Pem: pemOf(append([][]byte{v.DER}, v.Chain...)...),
+	}
+	if !v.RevokedAt.IsZero() {
+		out.RevocationReason = v.RevocationReason.String()
+	}
+	return out
+}
+
+func jobPB(j domain.Job) *operatorpb.Job {
+	return &operatorpb.Job{
+		Id: j.ID, Kind: string(j.Kind), State: string(j.State), CertificateId: j.CertificateID, AgentId: j.AgentID,
+		TargetId: j.TargetID, Generation: j.Generation, Attempt: j.Attempt, Tries: int32(j.Tries), MaxTries: int32(j.MaxTries),
+		RunAt: stamp(j.RunAt), ErrorClass: j.ErrorClass, Error: j.Error, Reason: j.Reason, CreatedAt: stamp(j.CreatedAt),
+		UpdatedAt: stamp(j.UpdatedAt), FinishedAt: stamp(j.FinishedAt), RequestId: j.RequestID,
+	}
+}
+
+func agentPB(a domain.Agent) *operatorpb.Agent {
+	return &operatorpb.Agent{
+		Id: a.ID, Name: a.Name, State: string(a.State), Labels: a.Labels, Os: a.Facts.OS, Platform: a.Facts.Platform,
+		Architecture: a.Facts.Architecture, IpAddress: a.Facts.IPAddress, Hostname: a.Facts.Hostname, Version: a.Facts.Version,
+		Capabilities: a.Capabilities, CreatedAt: stamp(a.CreatedAt), LastSeen: stamp(a.LastSeen), Reason: a.Reason,
+	}
+}
+
+func rejectionText(r domain.StateRejection) string {
+	return fmt.Sprintf("%s/%s v%d: %s", r.Kind, r.Name, r.Version, r.Reason)
+}
+
+func profilePB(p domain.Profile) *operatorpb.Profile {
+	return &operatorpb.Profile{
+		Id: p.ID, Name: p.Name, KeyAlgorithm: string(p.KeyAlgorithm),
+		AllowedKeyAlgorithms: each(p.Allowed, func(k domain.KeyAlgorithm) string { return string(k) }),
+		Ekus:                 each(p.EKUs, func(e domain.EKU) string { return string(e) }),
+		Ttl:                  durationpb.New(p.TTL), MaxTtl: durationpb.New(p.MaxTTL),
+	}
+}
+
+func targetPB(t domain.Target) *operatorpb.Target {
+	return &operatorpb.Target{
+		Id: t.ID, Name: t.Name, AgentId: t.AgentID, Kind: t.Kind, SettingsJson: string(t.Settings),
+		VerifyAddress: t.VerifyAddress, ServerName: t.ServerName, Enabled: t.Enabled, CreatedAt: stamp(t.CreatedAt), Revision: t.Revision,
+	}
+}
+
+func auditPB(e domain.AuditEvent) *operatorpb.AuditEvent {
+	return &operatorpb.AuditEvent{
+		Id: e.ID, At: stamp(e.At), Actor: e.Actor, Action: e.Action, Resource: e.Resource, Outcome: e.Outcome,
+		RequestId: e.RequestID, RemoteAddr: e.RemoteAddr, Detail: e.Detail,
+	}
+}

@@ -1,0 +1,250 @@
+// Package duty runs what nobody asks for: finding certificates that are due, placements that do not serve what they
+// should, jobs that stand still, agents that fell silent, expired rows. One table (Table) names them all, one Runner
+// runs them.
+//
+// A duty only creates work and sweeps; it never dispatches. A fenced duty writes under an epoch that the database
+// minted when the duty was taken: a node that was paused and has been replaced cannot commit (domain/fence.go). Its own
+// belief that it still holds the duty is worth nothing.
+package duty
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/protocol/fault"
+)
+
+// Duty is one line of the table.
+type Duty struct {
+	Name string
+	// Interval between two runs. A run may ask to be called earlier by the time it returns.
+	Interval time.Duration
+	// Deadline bounds one run.
+	Deadline time.Duration
+	// Fenced duties are held by one node of the cluster; the others run on every node.
+	Fenced bool
+	// Run does the duty once. A time other than zero asks for the next run at that time if it is before the interval's
+	// end. A Conflict fault means that another node holds the duty.
+	Run func(ctx context.Context, f domain.Fence, now time.Time) (next time.Time, err error)
+}
+
+// Taker mints fences.
+type Taker interface {
+	TakeDuty(ctx context.Context, duty, node string, at time.Time) (domain.Fence, error)
+}
+
+// Config is what a Runner needs.
+type Config struct {
+	Node    string
+	Duties  []Duty
+	Store   Taker
+	Clock   clockwork.Clock
+	Log     *slog.Logger
+	Metrics prometheus.Registerer
+	// Jitter returns a number in [0,1); nil means a random one.
+	Jitter func() float64
+}
+
+// Status is what an operator sees of a duty.
+type Status struct {
+	Name      string
+	Interval  time.Duration
+	LastRun   time.Time
+	LastError string
+	Epoch     domain.Epoch
+}
+
+// Runner runs each duty in a goroutine of its own, so that a duty never overlaps itself and a slow one delays no other.
+type Runner struct {
+	cfg     Config
+	loops   []*loop
+	stop    context.CancelFunc
+	done    sync.WaitGroup
+	mu      sync.Mutex
+	started bool
+
+	runs    *prometheus.CounterVec
+	seconds *prometheus.HistogramVec
+}
+
+type loop struct {
+	Duty
+	wake chan struct{}
+
+	mu     sync.Mutex
+	status Status
+	fence  domain.Fence
+}
+
+// minPause keeps a duty that always asks to be called at once from spinning.
+const minPause = 200 * time.Millisecond
+
+// NewRunner checks the table and prepares a Runner.
+func NewRunner(cfg Config) (*Runner, error) {
+	if cfg.Jitter == nil {
+		cfg.Jitter = rand.Float64
+	}
+	r := &Runner{
+		cfg: cfg,
+		runs: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "certmesh_duty_runs_total", Help: "Runs of background duties by outcome (ok, error, panic, lost).",
+		}, []string{"duty", "outcome"}),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "certmesh_duty_seconds", Help: "Duration of one run of a background duty.",
+			Buckets: []float64{.001, .005, .02, .1, .5, 2, 10, 60},
+		}, []string{"duty"}),
+	}
+	if cfg.Metrics != nil {
+		cfg.Metrics.MustRegister(r.runs, r.seconds)
+	}
+	seen := map[string]bool{}
+	for _, d := range cfg.Duties {
+		if d.Interval <= 0 || d.Deadline <= 0 || d.Run == nil || seen[d.Name] {
+			return nil, fmt.Errorf("duty %q: needs a unique name, an interval and a deadline above zero, and something to run", d.Name)
+		}
+		seen[d.Name] = true
+		r.loops = append(r.loops, &loop{Duty: d, wake: make(chan struct{}, 1),
+			status: Status{Name: d.Name, Interval: d.Interval}})
+	}
+	return r, nil
+}
+
+// Start begins all duties. Starting twice is a no-op.
+func (r *Runner) Start() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.started {
+		return
+	}
+	r.started = true
+	ctx, cancel := context.WithCancel(context.Background())
+	r.stop = cancel
+	for _, l := range r.loops {
+		r.done.Go(func() { r.run(ctx, l) })
+	}
+}
+
+// Stop cancels what runs and waits for it. Stopping twice, or before Start, is a no-op.
+func (r *Runner) Stop() {
+	r.mu.Lock()
+	if !r.started {
+		r.mu.Unlock()
+		return
+	}
+	r.started = false
+	r.mu.Unlock()
+	r.stop()
+	r.done.Wait()
+}
+
+// Trigger asks for a run of the named duty as soon as possible; several requests before it begins are one.
+func (r *Runner) Trigger(name string) {
+	for _, l := range r.loops {
+		if l.Name == name {
+			select {
+			case l.wake <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// Status lists all duties in the table's order.
+func (r *Runner) Status() []Status {
+	out := make([]Status, 0, len(r.loops))
+	for _, l := range r.loops {
+		l.mu.Lock()
+		out = append(out, l.status)
+		l.mu.Unlock()
+	}
+	return out
+}
+
+// run is one duty's life. The first run comes after at most a tenth of the interval, so that a restart neither delays
+// what is due nor runs everything in the same instant.
+func (r *Runner) run(ctx context.Context, l *loop) {
+	pause := time.Duration(r.cfg.Jitter() * float64(min(l.Interval/10, 2*time.Second)))
+	for {
+		t := r.cfg.Clock.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-l.wake:
+			t.Stop()
+		case <-t.Chan():
+		}
+		next := r.once(ctx, l)
+		if ctx.Err() != nil {
+			return
+		}
+		pause = l.Interval + time.Duration(r.cfg.Jitter()*float64(l.Interval)/20)
+		if !next.IsZero() {
+			pause = min(pause, max(next.Sub(r.cfg.Clock.Now()), minPause))
+		}
+	}
+}
+
+func (r *Runner) once(ctx context.Context, l *loop) time.Time {
+	ctx, cancel := context.WithTimeout(ctx, l.Deadline)
+	defer cancel()
+	start := r.cfg.Clock.Now()
+	next, err := r.guarded(ctx, l, start)
+	r.seconds.WithLabelValues(l.Name).Observe(r.cfg.Clock.Since(start).Seconds())
+
+	outcome := "ok"
+	switch {
+	case err == nil:
+	case fault.Is(err, fault.Conflict) && l.Fenced:
+		// Another node took the duty, or the fence was lost to a restore: believe nothing, take it anew next time.
+		outcome, next = "lost", time.Time{}
+		l.fence = domain.Fence{}
+		r.cfg.Log.Info("duty is held elsewhere", "duty", l.Name, "error", err)
+	case ctx.Err() != nil && context.Cause(ctx) == context.Canceled:
+		return time.Time{}
+	default:
+		outcome = "error"
+		if _, ok := err.(*panicked); ok {
+			outcome = "panic"
+		}
+		r.cfg.Log.Error("duty failed", "duty", l.Name, "error", err)
+	}
+	r.runs.WithLabelValues(l.Name, outcome).Inc()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.status.LastRun, l.status.LastError, l.status.Epoch = start, "", l.fence.Epoch
+	if err != nil {
+		l.status.LastError = err.Error()
+	}
+	return next
+}
+
+type panicked struct{ value any }
+
+func (p *panicked) Error() string { return fmt.Sprintf("panic: %v", p.value) }
+
+func (r *Runner) guarded(ctx context.Context, l *loop, now time.Time) (next time.Time, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			r.cfg.Log.Error("duty panicked", "duty", l.Name, "panic", v, "stack", string(debug.Stack()))
+			err = &panicked{v}
+		}
+	}()
+	if l.Fenced && l.fence.Epoch == 0 {
+		f, err := r.cfg.Store.TakeDuty(ctx, l.Name, r.cfg.Node, domain.Micro(now))
+		if err != nil {
+			return time.Time{}, fmt.Errorf("take duty %s: %w", l.Name, err)
+		}
+		l.fence = f
+	}
+	return l.Run(ctx, l.fence, now)
+}
