@@ -30,7 +30,8 @@ type run struct {
 	next  time.Time
 }
 
-// bench runs one duty under a fake clock; each run waits for the test's reply.
+// bench runs one duty under a fake clock; each run waits for the test's reply. The first run begins at once, as there is no
+// jitter; no timer is armed for it.
 func bench(t *testing.T, fenced bool) (*Runner, *clockwork.FakeClock, *taker, chan *run) {
 	t.Helper()
 	clk, tk, runs := clockwork.NewFakeClock(), &taker{}, make(chan *run)
@@ -73,7 +74,6 @@ func tick(t *testing.T, clk *clockwork.FakeClock, d time.Duration) {
 
 func TestRunnerKeepsTheInterval(t *testing.T) {
 	_, clk, _, runs := bench(t, false)
-	tick(t, clk, 0)
 	(<-runs).reply <- nil
 	tick(t, clk, time.Hour-time.Second)
 	select {
@@ -87,7 +87,6 @@ func TestRunnerKeepsTheInterval(t *testing.T) {
 
 func TestRunnerComesEarlierWhenAsked(t *testing.T) {
 	_, clk, _, runs := bench(t, false)
-	tick(t, clk, 0)
 	c := <-runs
 	c.next = clk.Now().Add(5 * time.Minute)
 	c.reply <- nil
@@ -97,7 +96,6 @@ func TestRunnerComesEarlierWhenAsked(t *testing.T) {
 
 func TestRunnerNeverSpins(t *testing.T) {
 	_, clk, _, runs := bench(t, false)
-	tick(t, clk, 0)
 	c := <-runs
 	c.next = clk.Now().Add(-time.Hour)
 	c.reply <- nil
@@ -113,7 +111,6 @@ func TestRunnerNeverSpins(t *testing.T) {
 
 func TestTriggerRunsOnceAndNeverOverlaps(t *testing.T) {
 	r, clk, _, runs := bench(t, false)
-	tick(t, clk, 0)
 	c := <-runs
 	r.Trigger("d")
 	r.Trigger("d")
@@ -137,7 +134,6 @@ func TestTriggerRunsOnceAndNeverOverlaps(t *testing.T) {
 
 func TestLostFenceIsTakenAnew(t *testing.T) {
 	_, clk, tk, runs := bench(t, true)
-	tick(t, clk, 0)
 	c := <-runs
 	if c.fence.Epoch != 1 {
 		t.Fatalf("epoch %d", c.fence.Epoch)
@@ -160,7 +156,6 @@ func TestLostFenceIsTakenAnew(t *testing.T) {
 func TestFailureAndPanicAreContainedAndShown(t *testing.T) {
 	for _, reply := range []string{"store is down", "panic"} {
 		r, clk, _, runs := bench(t, false)
-		tick(t, clk, 0)
 		(<-runs).reply <- errors.New(reply)
 		tick(t, clk, time.Hour)
 		c := <-runs // it goes on
@@ -173,8 +168,7 @@ func TestFailureAndPanicAreContainedAndShown(t *testing.T) {
 }
 
 func TestStopCancelsWhatRunsAndIsIdempotent(t *testing.T) {
-	r, clk, _, runs := bench(t, false)
-	tick(t, clk, 0)
+	r, _, _, runs := bench(t, false)
 	<-runs // never answered: only cancellation ends it
 	r.Stop()
 	r.Stop()
