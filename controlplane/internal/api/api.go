@@ -8,7 +8,8 @@
 // other three refuse. Handlers therefore hold only what is theirs: names to ids, the store's use case, and after the
 // commit the wake-ups and notices.
 //
-// The package makes no decision about certificates itself; when a leaf is due is decided by Config.Why.
+// The package makes no decision about certificates itself: which names may be signed is ca's to say, when a leaf is due
+// and which policies can be met is renew's, whether a target's settings are good its connector's.
 package api
 
 import (
@@ -16,6 +17,7 @@ import (
 	"encoding/json"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jonboulle/clockwork"
@@ -76,6 +78,7 @@ type Catalogue interface {
 	Issuers(ctx context.Context, p domain.PageRequest) ([]domain.Issuer, string, error)
 	Issuer(ctx context.Context, idOrName string) (domain.Issuer, error)
 	CA(ctx context.Context, issuerID string) (domain.CA, error)
+	CAs(ctx context.Context) ([]domain.CA, error)
 	Profiles(ctx context.Context, p domain.PageRequest) ([]domain.Profile, string, error)
 	Profile(ctx context.Context, idOrName string) (domain.Profile, error)
 	CreateTarget(ctx context.Context, t domain.Target, op domain.Op) error
@@ -88,7 +91,8 @@ type System interface {
 	Counts(ctx context.Context) (domain.Counts, error)
 	AuditEvents(ctx context.Context, resource string, p domain.PageRequest) ([]domain.AuditEvent, string, error)
 	Audit(ctx context.Context, events []domain.AuditEvent) error
-	SchemaVersion(ctx context.Context) (int, error)
+	// SchemaVersion is what the database has and what this program was built for.
+	SchemaVersion(ctx context.Context) (has, wants int64, err error)
 }
 
 // Sessions are the agents' streams that this node holds. Calls return at once; for an agent that another node holds
@@ -122,13 +126,6 @@ type Issuers interface {
 	CreateLocal(ctx context.Context, r LocalCA) (domain.Issuer, domain.CA, []domain.SealedKey, error)
 }
 
-// Decision says whether a leaf is due, why in words, and when it will be.
-type Decision struct {
-	Due    bool
-	Reason string
-	At     time.Time
-}
-
 // DutyStatus is what one duty last did on this node.
 type DutyStatus struct {
 	Name      string
@@ -154,15 +151,11 @@ type Config struct {
 	Issuers  Issuers
 	// CheckTarget reports every problem of a target's settings; an unknown kind is a problem of field "kind".
 	CheckTarget func(kind string, settings json.RawMessage) []target.Problem
-	// CheckPolicy refuses (Invalid) renewal policies that can never be met under the profile.
-	CheckPolicy func(p domain.Policy, profile domain.Profile) error
-	// Why decides whether a leaf is due.
-	Why    func(l domain.Leaf, p domain.Policy, profile domain.Profile, now time.Time) Decision
-	Hub    *hub.Hub
-	Clock  clockwork.Clock
-	Log    *slog.Logger
-	Node   Node
-	Duties func() []DutyStatus
+	Hub         *hub.Hub
+	Clock       clockwork.Clock
+	Log         *slog.Logger
+	Node        Node
+	Duties      func() []DutyStatus
 	// Revoked is called after certificates of an issuer were revoked, so that its CRL is built anew. Optional.
 	Revoked func(issuerID string)
 	// Metrics may be nil.
@@ -175,6 +168,7 @@ type API struct {
 	calls *prometheus.HistogramVec
 	// strangers bounds the audit rows that callers without a key can cause.
 	strangers *rate.Limiter
+	watchers  atomic.Int64
 	drain     chan struct{}
 	drainOnce sync.Once
 }
@@ -210,7 +204,7 @@ type (
 // New returns the API. Errors: Internal when a required part is missing or the metrics are registered already.
 func New(c Config) (*API, error) {
 	switch {
-	case c.Store == nil, c.Sessions == nil, c.Issuers == nil, c.CheckTarget == nil, c.CheckPolicy == nil, c.Why == nil,
+	case c.Store == nil, c.Sessions == nil, c.Issuers == nil, c.CheckTarget == nil,
 		c.Hub == nil, c.Clock == nil, c.Log == nil, c.Duties == nil:
 		return nil, fault.New(fault.Internal, "api: a part of Config is missing")
 	}
@@ -228,7 +222,7 @@ func New(c Config) (*API, error) {
 	if c.Metrics != nil {
 		watchers := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "certmesh", Subsystem: "api", Name: "watchers", Help: "Open Watch streams.",
-		}, func() float64 { return float64(c.Hub.Subscribers()) })
+		}, func() float64 { return float64(a.watchers.Load()) })
 		for _, m := range []prometheus.Collector{a.calls, watchers} {
 			if err := c.Metrics.Register(m); err != nil {
 				return nil, fault.Wrap(fault.Internal, err, "api: register metrics")
@@ -259,8 +253,19 @@ func (a *API) op(ctx context.Context) domain.Op {
 	return domain.Op{Actor: c.actor(), RequestID: c.requestID, RemoteAddr: c.remote, At: a.now()}
 }
 
-// created follows the commit of new jobs: their agents are woken, their watchers told.
-func (a *API) created(jobs []domain.Job) {
+// opFor is op under the id that the caller gave the request itself, where there is one: the jobs and audit rows of a
+// call that is repeated then carry the same.
+func (a *API) opFor(ctx context.Context, requestID string) domain.Op {
+	op := a.op(ctx)
+	if requestID != "" {
+		op.RequestID = requestID
+	}
+	return op
+}
+
+// changed follows the commit that made or ended jobs: the holders of their agents' streams look at the open jobs again
+// and send or take back, and watchers are told.
+func (a *API) changed(jobs []domain.Job) {
 	woken := map[string]bool{}
 	for _, j := range jobs {
 		a.Hub.Publish(hub.Notice{Kind: hub.Jobs, ID: j.ID})

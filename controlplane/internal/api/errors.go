@@ -73,9 +73,13 @@ func statusOf(ctx context.Context, err error, requestID string, now time.Time) *
 	if classified {
 		switch {
 		case class == fault.Invalid:
-			details = append(details, &errdetails.BadRequest{FieldViolations: []*errdetails.BadRequest_FieldViolation{
-				{Field: e.Field, Description: e.Message},
-			}})
+			all := violations{e}
+			_ = errors.As(err, &all)
+			details = append(details, &errdetails.BadRequest{
+				FieldViolations: each(all, func(e *fault.Error) *errdetails.BadRequest_FieldViolation {
+					return &errdetails.BadRequest_FieldViolation{Field: e.Field, Description: e.Message}
+				}),
+			})
 		case class == fault.RateLimited && !e.Until.IsZero():
 			details = append(details, &errdetails.RetryInfo{RetryDelay: durationpb.New(max(e.Until.Sub(now), 0))})
 		}
@@ -91,9 +95,59 @@ func statusOf(ctx context.Context, err error, requestID string, now time.Time) *
 	return full
 }
 
+// violations are all that is wrong with a request, for callers to mend at once. As an error it is its first part, and
+// the status carries every one.
+type violations []*fault.Error
+
+// maxViolations bounds what one answer lists.
+const maxViolations = 20
+
+func (v *violations) add(field, format string, args ...any) {
+	*v = append(*v, fault.InvalidField(field, format, args...))
+}
+
+// err is nil when nothing is wrong.
+func (v violations) err() error {
+	switch {
+	case len(v) == 0:
+		return nil
+	case len(v) > maxViolations:
+		v = v[:maxViolations]
+	}
+	return v
+}
+
+func (v violations) Error() string {
+	all := make([]string, 0, len(v))
+	for _, e := range v {
+		all = append(all, e.Error())
+	}
+	return strings.Join(all, "; ")
+}
+
+// Unwrap lets errors.As find the class.
+func (v violations) Unwrap() []error {
+	return each(v, func(e *fault.Error) error { return e })
+}
+
+// renamed gives the field of an Invalid error its name in the request.
+func renamed(err error, name func(string) string) error {
+	var e *fault.Error
+	if !errors.As(err, &e) || e.Class != fault.Invalid {
+		return err
+	}
+	c := *e
+	c.Field = name(e.Field)
+	return &c
+}
+
 // sentence is what may be shown of an error: the first classified error's own sentence, with its field. Internal and
 // unclassified errors have none.
 func sentence(err error) string {
+	var all violations
+	if errors.As(err, &all) {
+		return all.Error()
+	}
 	var e *fault.Error
 	if !errors.As(err, &e) {
 		if fault.Is(err, fault.Retryable) {

@@ -5,9 +5,7 @@ import (
 	"fmt"
 	"math"
 	"net"
-	"net/mail"
 	"net/netip"
-	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -19,6 +17,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	"github.com/certmesh/certmesh/controlplane/internal/ca"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/hub"
 	"github.com/certmesh/certmesh/protocol/fault"
@@ -31,7 +30,6 @@ const (
 	maxDocument     = 64 << 10 // PEM and JSON
 	maxCursor       = 512
 	maxRepeated     = 200
-	maxNames        = 100 // SANs of one certificate
 	maxTargets      = 100 // placements of one certificate
 	maxThresholds   = 16
 	maxWindows      = 32
@@ -48,7 +46,6 @@ var (
 	// idLike names would be ambiguous: everything is found by id or name.
 	idLike   = regexp.MustCompile(`^[a-z]{2,4}_[0-9a-f]{32}$`)
 	labelKey = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$`)
-	dnsLabel = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?$`)
 	// documents are the fields that hold whole files.
 	documents = map[protoreflect.Name]bool{"settings_json": true, "ca_certificate_pem": true, "ca_key_pem": true}
 )
@@ -302,9 +299,12 @@ func validatePolicy(p *operatorpb.RenewalPolicy) error {
 				return fault.InvalidField(field+".days", "%d is not a day; 0 is Sunday and 6 is Saturday", d)
 			}
 		}
-		for name, m := range map[string]int32{"start_minute": w.GetStartMinute(), "end_minute": w.GetEndMinute()} {
-			if m < 0 || m > minutesADay {
-				return fault.InvalidField(field+"."+name, "%d is not a minute of the day; use 0 to %d", m, minutesADay)
+		for _, end := range []struct {
+			name   string
+			minute int32
+		}{{"start_minute", w.GetStartMinute()}, {"end_minute", w.GetEndMinute()}} {
+			if end.minute < 0 || end.minute > minutesADay {
+				return fault.InvalidField(field+"."+end.name, "%d is not a minute of the day; use 0 to %d", end.minute, minutesADay)
 			}
 		}
 	}
@@ -382,131 +382,22 @@ func validateTarget(r *operatorpb.CreateTargetRequest) error {
 	return nil
 }
 
+// isHost reports whether s is an IP address or the name of one host.
 func isHost(s string) bool {
-	if _, err := netip.ParseAddr(s); err == nil {
-		return true
+	if a, err := netip.ParseAddr(s); err == nil {
+		return a.Zone() == ""
 	}
-	_, err := dnsName(s)
+	_, err := ca.CheckNames(domain.Names{DNS: []string{s}})
 	return err == nil && !strings.HasPrefix(s, "*")
 }
 
 // maxCommonName is ub-common-name of RFC 5280, appendix A.
 const maxCommonName = 64
 
-// namesOf checks the names of an order and brings them into canonical form: DNS names in lower case without a final
-// dot, addresses as netip prints them.
+// namesOf brings the names of an order into the form in which they will be signed, by the CA's own rules: what is
+// accepted here can be issued.
 func namesOf(n *operatorpb.Names) (domain.Names, error) {
-	out := domain.Names{CommonName: n.GetCommonName()}
-	if cn := n.GetCommonName(); utf8.RuneCountInString(cn) > maxCommonName || cn != strings.TrimSpace(cn) {
-		return domain.Names{}, fault.InvalidField("names.common_name", "use at most %d characters without space at the ends (RFC 5280, appendix A)", maxCommonName)
-	}
-	total := len(n.GetDns()) + len(n.GetIp()) + len(n.GetEmail()) + len(n.GetUri())
-	switch {
-	case total == 0:
-		return domain.Names{}, fault.InvalidField("names", "give at least one DNS name, IP address, e-mail address or URI; clients do not look at the common name")
-	case total > maxNames:
-		return domain.Names{}, fault.InvalidField("names", "%d names are too many for one certificate; at most %d are allowed", total, maxNames)
-	}
-	for _, form := range []struct {
-		field string
-		in    []string
-		out   *[]string
-		parse func(string) (string, error)
-	}{
-		{"names.dns", n.GetDns(), &out.DNS, dnsName},
-		{"names.ip", n.GetIp(), &out.IP, ipAddress},
-		{"names.email", n.GetEmail(), &out.Email, emailAddress},
-		{"names.uri", n.GetUri(), &out.URI, uriName},
-	} {
-		for i, s := range form.in {
-			field := fmt.Sprintf("%s[%d]", form.field, i)
-			v, err := form.parse(s)
-			if err != nil {
-				return domain.Names{}, fault.InvalidField(field, "%q %s", s, err.Error())
-			}
-			if slices.Contains(*form.out, v) {
-				return domain.Names{}, fault.InvalidField(field, "%q is there twice", s)
-			}
-			*form.out = append(*form.out, v)
-		}
-	}
-	return out, nil
-}
-
-// dnsName checks the preferred name syntax of RFC 1034 section 3.5 as RFC 5280 section 4.2.1.6 wants it; a wildcard
-// may stand for the whole leftmost label (RFC 6125 section 6.4.3).
-func dnsName(s string) (string, error) {
-	s = strings.ToLower(strings.TrimSuffix(s, "."))
-	if _, err := netip.ParseAddr(s); err == nil {
-		return "", fmt.Errorf("is an IP address; put it under ip")
-	}
-	if len(s) > 253 {
-		return "", fmt.Errorf("is longer than 253 characters")
-	}
-	labels := strings.Split(s, ".")
-	if labels[0] == "*" {
-		if labels = labels[1:]; len(labels) == 0 {
-			return "", fmt.Errorf("is a wildcard without a domain")
-		}
-	}
-	for _, l := range labels {
-		switch {
-		case strings.ContainsFunc(l, func(r rune) bool { return r > unicode.MaxASCII }):
-			return "", fmt.Errorf("is not ASCII; give internationalised names in their xn-- form")
-		case strings.Contains(l, "*"):
-			return "", fmt.Errorf("has a wildcard that is not the whole leftmost label")
-		case !dnsLabel.MatchString(l):
-			return "", fmt.Errorf("is not a DNS name: labels are 1 to 63 letters, digits and inner dashes (RFC 1034 section 3.5)")
-		}
-	}
-	if last := labels[len(labels)-1]; strings.Trim(last, "0123456789") == "" {
-		return "", fmt.Errorf("ends in a number, which no DNS name does")
-	}
-	return s, nil
-}
-
-func ipAddress(s string) (string, error) {
-	a, err := netip.ParseAddr(s)
-	switch {
-	case err != nil:
-		return "", fmt.Errorf("is not an IP address")
-	case a.Zone() != "":
-		return "", fmt.Errorf("has a zone, which a certificate cannot carry")
-	case a.Is4In6():
-		return "", fmt.Errorf("is an IPv4 address in IPv6 form; give %s", a.Unmap())
-	case a.IsUnspecified():
-		return "", fmt.Errorf("is not the address of a host")
-	}
-	return a.String(), nil
-}
-
-func emailAddress(s string) (string, error) {
-	a, err := mail.ParseAddress(s)
-	if err != nil || a.Address != s || a.Name != "" {
-		return "", fmt.Errorf("is not an e-mail address, e.g. anna@example.com")
-	}
-	// RFC 5280 section 4.2.1.6: rfc822Name is IA5String; others need SmtpUTF8Mailbox, which is not made here.
-	if strings.ContainsFunc(s, func(r rune) bool { return r > unicode.MaxASCII }) {
-		return "", fmt.Errorf("is not ASCII, which rfc822Name must be")
-	}
-	local, host, _ := strings.Cut(s, "@")
-	if strings.ContainsAny(local, "\" ") || !isHost(host) {
-		return "", fmt.Errorf("is not an e-mail address, e.g. anna@example.com")
-	}
-	return s, nil
-}
-
-func uriName(s string) (string, error) {
-	u, err := url.Parse(s)
-	switch {
-	case err != nil || u.Scheme == "" || s != u.String():
-		return "", fmt.Errorf("is not an absolute URI, e.g. spiffe://example.com/service")
-	case u.Opaque == "" && u.Host == "":
-		return "", fmt.Errorf("has no host (RFC 5280 section 4.2.1.6)")
-	case u.User != nil:
-		return "", fmt.Errorf("carries user information")
-	case strings.ContainsFunc(s, func(r rune) bool { return r > unicode.MaxASCII }):
-		return "", fmt.Errorf("is not ASCII; escape it")
-	}
-	return s, nil
+	return ca.CheckNames(domain.Names{
+		CommonName: n.GetCommonName(), DNS: n.GetDns(), IP: n.GetIp(), Email: n.GetEmail(), URI: n.GetUri(),
+	})
 }

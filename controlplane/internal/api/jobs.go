@@ -1,0 +1,37 @@
+package api
+
+import (
+	"context"
+
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/hub"
+	operatorpb "github.com/certmesh/certmesh/protocol/operator/v1"
+)
+
+func (a jobs) ListJobs(ctx context.Context, r *operatorpb.ListJobsRequest) (*operatorpb.ListJobsResponse, error) {
+	all, next, err := a.Store.Jobs(ctx, domain.JobFilter{
+		State: domain.JobState(r.GetState()), CertificateID: r.GetCertificateId(), AgentID: r.GetAgentId(), Open: r.GetOpen(),
+	}, pageOf(r.GetPage()))
+	if err != nil {
+		return nil, err
+	}
+	return &operatorpb.ListJobsResponse{Jobs: each(all, jobPB), NextCursor: next}, nil
+}
+
+func (a jobs) GetJob(ctx context.Context, r *operatorpb.GetJobRequest) (*operatorpb.GetJobResponse, error) {
+	j, err := a.Store.Job(ctx, r.GetId())
+	if err != nil {
+		return nil, err
+	}
+	return &operatorpb.GetJobResponse{Job: jobPB(j)}, nil
+}
+
+func (a jobs) CancelJob(ctx context.Context, r *operatorpb.CancelJobRequest) (*operatorpb.CancelJobResponse, error) {
+	j, err := a.Store.CancelJob(ctx, r.GetId(), a.op(ctx))
+	if err != nil {
+		return nil, err
+	}
+	a.changed([]domain.Job{j})
+	a.Hub.Publish(hub.Notice{Kind: hub.Certificates, ID: j.CertificateID})
+	return &operatorpb.CancelJobResponse{Job: jobPB(j)}, nil
+}
