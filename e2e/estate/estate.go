@@ -4,19 +4,20 @@
 package estate
 
 import (
-	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -71,91 +72,6 @@ func (e *Estate) Path(elem ...string) string {
 	return filepath.Join(append([]string{e.cfg.Dir}, elem...)...)
 }
 
-// Process is a child with its output in a file.
-type Process struct {
-	Name    string
-	LogPath string
-	cmd     *exec.Cmd
-	exited  chan struct{}
-	err     error
-}
-
-// Start runs a binary of the estate (or an absolute path) with its output in <dir>/<name>.log.
-func (e *Estate) Start(name, bin string, env []string, args ...string) (*Process, error) {
-	if !filepath.IsAbs(bin) {
-		bin = filepath.Join(e.cfg.Bin, bin)
-	}
-	logPath := e.Path(name + ".log")
-	out, err := os.OpenFile(logPath, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	defer out.Close()
-	cmd := exec.Command(bin, args...)
-	cmd.Dir = e.cfg.Dir
-	cmd.Stdout, cmd.Stderr = out, out
-	cmd.Env = append(append(baseEnv(), e.cfg.Env...), env...)
-	// A child must not outlive whoever started it, however that one ends.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	p := &Process{Name: name, LogPath: logPath, cmd: cmd, exited: make(chan struct{})}
-	if err := cmd.Start(); err != nil {
-		return nil, fmt.Errorf("start %s: %w", name, err)
-	}
-	go func() {
-		p.err = cmd.Wait()
-		close(p.exited)
-	}()
-	e.mu.Lock()
-	e.procs = append(e.procs, p)
-	e.mu.Unlock()
-	return p, nil
-}
-
-// baseEnv passes on what programs need and nothing that would configure certmesh by accident.
-func baseEnv() []string {
-	var out []string
-	for _, kv := range os.Environ() {
-		if !strings.HasPrefix(kv, "CERTMESH_") {
-			out = append(out, kv)
-		}
-	}
-	return out
-}
-
-// PID is the process id.
-func (p *Process) PID() int { return p.cmd.Process.Pid }
-
-// Exited is closed when the process has ended.
-func (p *Process) Exited() <-chan struct{} { return p.exited }
-
-// Kill sends SIGKILL and waits.
-func (p *Process) Kill() {
-	_ = p.cmd.Process.Kill() // it may have ended already
-	<-p.exited
-}
-
-// Stop sends SIGTERM and waits at most patience, then kills.
-func (p *Process) Stop(patience time.Duration) error {
-	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may have ended already
-	select {
-	case <-p.exited:
-		return p.err
-	case <-time.After(patience):
-		p.Kill()
-		return fmt.Errorf("%s did not stop within %s of SIGTERM", p.Name, patience)
-	}
-}
-
-// Tail returns the end of the process's output.
-func (p *Process) Tail(lines int) string {
-	b, err := os.ReadFile(p.LogPath)
-	if err != nil {
-		return err.Error()
-	}
-	all := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "\n")
-}
-
 // Close stops everything, the last started first.
 func (e *Estate) Close() {
 	e.mu.Lock()
@@ -180,7 +96,16 @@ func (e *Estate) ServerEnv() []string {
 
 // StartServer runs `certmeshd dev` and waits until it is ready.
 func (e *Estate) StartServer(ctx context.Context, env ...string) (*Process, error) {
-	p, err := e.Start("certmeshd", "certmeshd", append(e.ServerEnv(), env...), "dev")
+	return e.startServer(ctx, env, "dev")
+}
+
+// Serve runs `certmeshd serve`, for which env has to bring what dev makes up, and waits until it is ready.
+func (e *Estate) Serve(ctx context.Context, env ...string) (*Process, error) {
+	return e.startServer(ctx, env, "serve")
+}
+
+func (e *Estate) startServer(ctx context.Context, env []string, mode string) (*Process, error) {
+	p, err := e.Start("certmeshd", "certmeshd", append(e.ServerEnv(), env...), mode)
 	if err != nil {
 		return nil, err
 	}
@@ -190,10 +115,38 @@ func (e *Estate) StartServer(ctx context.Context, env ...string) (*Process, erro
 			return Stop(fmt.Errorf("certmeshd ended:\n%s", p.Tail(20)))
 		default:
 		}
-		_, err := e.CLI(ctx, "status", "--format", "json")
-		return err
+		return e.Ready(ctx)
 	})
 	return p, err
+}
+
+// Ready asks the api listener whether the node takes work.
+func (e *Estate) Ready(ctx context.Context) error {
+	status, body, err := e.Get(ctx, "https://"+e.API+"/ready")
+	switch {
+	case err != nil:
+		return err
+	case status != http.StatusOK:
+		return fmt.Errorf("GET /ready: %d %s", status, body)
+	}
+	return nil
+}
+
+// Get fetches url as a monitor or relying party would: what matters is what it says, not who signed the listener.
+func (e *Estate) Get(ctx context.Context, url string) (status int, body []byte, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
+	if err != nil {
+		return 0, nil, err
+	}
+	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}}
+	r, err := c.Do(req)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer r.Body.Close()
+	body, err = io.ReadAll(io.LimitReader(r.Body, 16<<20))
+	return r.StatusCode, body, err
 }
 
 // AgentOptions are what an agent of the estate may touch.
@@ -205,15 +158,37 @@ type AgentOptions struct {
 	Env      []string
 }
 
+// AgentDir is the data directory of the agent called name.
+func (e *Estate) AgentDir(name string) string { return e.Path("agents", name) }
+
+// SiteDir is the one directory the agent called name may write certificates in.
+func (e *Estate) SiteDir(name string) string { return e.Path("sites", name) }
+
+// KeyFiles lists the private keys that the agent called name keeps for a certificate.
+func (e *Estate) KeyFiles(name, certificateID string) []string {
+	found, _ := filepath.Glob(filepath.Join(e.AgentDir(name), "keys", certificateID, "*.pem")) // the pattern is well-formed
+	return found
+}
+
 // StartAgent runs `certmesh-agent run`; its data is below agents/<name>.
 func (e *Estate) StartAgent(o AgentOptions) (*Process, error) {
-	dir := e.Path("agents", o.Name)
-	roots := e.Path("sites", o.Name)
+	dir := e.AgentDir(o.Name)
+	roots := e.SiteDir(o.Name)
 	for _, d := range []string{dir, roots} {
 		if err := os.MkdirAll(d, 0o700); err != nil {
 			return nil, err
 		}
 	}
+	env, err := e.AgentEnv(o)
+	if err != nil {
+		return nil, err
+	}
+	return e.Start("agent-"+o.Name, "certmesh-agent", env, "run")
+}
+
+// AgentEnv is the environment of the agent that o describes.
+func (e *Estate) AgentEnv(o AgentOptions) ([]string, error) {
+	dir, roots := e.AgentDir(o.Name), e.SiteDir(o.Name)
 	env := []string{
 		"CERTMESH_SERVER_URL=" + e.Mesh,
 		"CERTMESH_DATA_DIR=" + dir,
@@ -231,52 +206,7 @@ func (e *Estate) StartAgent(o AgentOptions) (*Process, error) {
 		}
 		env = append(env, "CERTMESH_ALLOW_COMMANDS="+string(b))
 	}
-	return e.Start("agent-"+o.Name, "certmesh-agent", append(env, o.Env...), "run")
-}
-
-// CLIEnv is the environment under which `certmesh` talks to this estate.
-func (e *Estate) CLIEnv() []string {
-	return []string{"CERTMESH_CONFIG=" + e.Path("server", "client.yaml")}
-}
-
-// CLIError is a command that failed.
-type CLIError struct {
-	Args   []string
-	Code   int
-	Stderr string
-}
-
-func (c *CLIError) Error() string {
-	return fmt.Sprintf("certmesh %s: exit %d: %s", strings.Join(c.Args, " "), c.Code, strings.TrimSpace(c.Stderr))
-}
-
-// CLI runs `certmesh args…` and returns its standard output.
-func (e *Estate) CLI(ctx context.Context, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, filepath.Join(e.cfg.Bin, "certmesh"), args...)
-	cmd.Env = append(append(baseEnv(), e.cfg.Env...), e.CLIEnv()...)
-	cmd.WaitDelay = time.Second
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			return stdout.Bytes(), &CLIError{Args: args, Code: exit.ExitCode(), Stderr: stderr.String()}
-		}
-		return stdout.Bytes(), err
-	}
-	return stdout.Bytes(), nil
-}
-
-// JSON runs `certmesh args… --format json` and decodes the answer into out.
-func (e *Estate) JSON(ctx context.Context, out any, args ...string) error {
-	b, err := e.CLI(ctx, append(args, "--format", "json")...)
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(b, out); err != nil {
-		return fmt.Errorf("certmesh %s: %w in %s", strings.Join(args, " "), err, b)
-	}
-	return nil
+	return append(env, o.Env...), nil
 }
 
 type stop struct{ error }
@@ -305,11 +235,36 @@ func Wait(ctx context.Context, what string, check func(context.Context) error) e
 	}
 }
 
-// Build compiles the shipped binaries into dir.
+// Build compiles the shipped binaries into dir. With -race among the flags it needs a C compiler; without, it builds
+// what is shipped: pure Go.
 func Build(ctx context.Context, root, dir string, out io.Writer, flags ...string) error {
 	args := append([]string{"build", "-o", dir + string(filepath.Separator)}, flags...)
 	args = append(args, "./controlplane/cmd/certmeshd", "./agent/cmd/certmesh-agent", "./tui/cmd/certmesh")
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = root, out, out
-	return cmd.Run()
+	cgo := "CGO_ENABLED=0"
+	if slices.Contains(flags, "-race") {
+		cgo = "CGO_ENABLED=1"
+	}
+	cmd.Env = append(os.Environ(), cgo)
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("go %s: %w", strings.Join(args, " "), err)
+	}
+	return nil
+}
+
+// Root is the folder of go.mod at or above the working directory.
+func Root() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for d := dir; ; d = filepath.Dir(d) {
+		if _, err := os.Stat(filepath.Join(d, "go.mod")); err == nil {
+			return d, nil
+		}
+		if d == filepath.Dir(d) {
+			return "", fmt.Errorf("there is no go.mod at or above %s: run it inside the repository", dir)
+		}
+	}
 }

@@ -1,0 +1,144 @@
+// Command demo shows the main job on this machine: a certificate ordered, issued through an agent, served, verified and
+// renewed, with what each step took. It uses what a user has: the three binaries and TLS handshakes. Everything lives in
+// a temporary directory and on free loopback ports, and is gone when it ends.
+//
+// KEEP=1 in the environment leaves it running until Ctrl-C and says how to look around.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"github.com/certmesh/certmesh/e2e/estate"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	defer stop()
+	keep := os.Getenv("KEEP")
+	os.Exit(run(ctx, newPage(os.Stdout), keep != "" && keep != "0"))
+}
+
+// patience is for all steps together; they take some seconds.
+const patience = 2 * time.Minute
+
+func run(ctx context.Context, out *page, keep bool) int {
+	dir, err := os.MkdirTemp("", "certmesh-demo")
+	if err != nil {
+		out.fail("prepare", err, "")
+		return 1
+	}
+	defer func() {
+		if err := os.RemoveAll(dir); err != nil {
+			out.line("could not remove %s: %v", dir, err)
+		}
+	}()
+	d := &demo{out: out, dir: dir, keep: keep}
+	defer d.close()
+	err = d.build(ctx)
+	if err == nil {
+		err = d.play(ctx)
+	}
+	var failed *stepError
+	switch {
+	case ctx.Err() != nil:
+		out.line("")
+		out.line("stopped; everything the demonstration started is gone")
+		return 130
+	case errors.As(err, &failed):
+		out.fail(failed.step, failed.err, d.logs())
+		return 1
+	case err != nil:
+		out.fail("demonstration", err, d.logs())
+		return 1
+	}
+	if keep {
+		d.invite()
+		<-ctx.Done()
+		out.line("")
+		out.line("stopping …")
+	}
+	return 0
+}
+
+// stepError says in which step something went wrong.
+type stepError struct {
+	step string
+	err  error
+}
+
+func (s *stepError) Error() string { return s.step + ": " + s.err.Error() }
+func (s *stepError) Unwrap() error { return s.err }
+
+type demo struct {
+	out  *page
+	dir  string
+	keep bool
+
+	estate        *estate.Estate
+	server, agent *estate.Process
+	site          *estate.Site
+	host          estate.Agent
+	issuer        estate.Issuer
+	// before and after are what the site serves before and after the renewal.
+	before, after seen
+	began         time.Time
+}
+
+func (d *demo) close() {
+	if d.site != nil {
+		d.site.Stop()
+	}
+	if d.estate != nil {
+		d.estate.Close()
+	}
+}
+
+// logs is what the processes said last.
+func (d *demo) logs() string {
+	text := ""
+	for _, p := range []*estate.Process{d.server, d.agent} {
+		if p != nil {
+			text += fmt.Sprintf("the end of %s's log:\n%s\n", p.Name, p.Tail(15))
+		}
+	}
+	return text
+}
+
+// step runs one step and prints what it says of itself.
+func (d *demo) step(ctx context.Context, name string, do func(context.Context) (string, error)) error {
+	d.out.begin(name)
+	began := time.Now()
+	what, err := do(ctx)
+	if err != nil {
+		return &stepError{name, err}
+	}
+	d.out.end(what, time.Since(began))
+	return nil
+}
+
+func (d *demo) build(ctx context.Context) error {
+	d.out.title("certmesh: a certificate from order to renewal, on this machine")
+	bin := d.dir + "/bin"
+	if err := os.Mkdir(bin, 0o700); err != nil {
+		return &stepError{"build", err}
+	}
+	root, err := estate.Root()
+	if err != nil {
+		return &stepError{"build", err}
+	}
+	err = d.step(ctx, "build", func(ctx context.Context) (string, error) {
+		return "certmeshd, certmesh-agent, certmesh", estate.Build(ctx, root, bin, os.Stderr, "-trimpath")
+	})
+	if err != nil {
+		return err
+	}
+	d.out.gap()
+	d.estate, err = estate.New(estate.Config{Dir: d.dir, Bin: bin})
+	return err
+}
