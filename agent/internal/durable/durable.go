@@ -13,6 +13,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -125,6 +126,12 @@ func Sweep(dir string) error {
 	return nil
 }
 
+// Held looks at a lock by taking it for a moment, which must not end an agent that starts in that moment.
+const (
+	lockTries = 10
+	lockPause = 20 * time.Millisecond
+)
+
 // Lock takes an exclusive lock on path for the life of the returned file; it is a Conflict when another process (or
 // another agent of this one) holds it. Closing the file gives it back; so does the end of the process.
 func Lock(path string) (*os.File, error) {
@@ -132,12 +139,34 @@ func Lock(path string) (*os.File, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.Retryable, err, "the lock file %s cannot be opened (%s)", path, Reason(err))
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for try := 0; errors.Is(err, unix.EWOULDBLOCK) && try < lockTries; try++ {
+		time.Sleep(lockPause)
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
 		_ = f.Close()
 		return nil, fault.Wrap(fault.Conflict, err, "another agent uses %s; stop it, or give this one its own data directory",
 			filepath.Dir(path))
 	}
 	return f, nil
+}
+
+// Held says whether somebody holds the lock at path, without taking it for longer than a look.
+func Held(path string) (bool, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fault.Wrap(fault.Retryable, err, "the lock file %s cannot be opened (%s); run this as the agent's user", path, Reason(err))
+	}
+	defer func() { _ = f.Close() }()
+	// Shared, so that two lookers do not see each other.
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+		return true, nil //nolint:nilerr // being held is the answer
+	}
+	return false, nil
 }
 
 // Store keeps named blobs. Names are the agent's own constants, never text from elsewhere.
@@ -153,7 +182,10 @@ type Store interface {
 }
 
 // Dir is a Store of files with mode 0600 in one private directory.
-type Dir struct{ path string }
+type Dir struct {
+	path   string
+	frozen bool
+}
 
 // OpenDir makes the directory if needed and removes what interrupted writes left.
 func OpenDir(path string) (*Dir, error) {
@@ -163,19 +195,25 @@ func OpenDir(path string) (*Dir, error) {
 	if err := Sweep(path); err != nil {
 		return nil, err
 	}
-	return &Dir{path}, nil
+	return &Dir{path: path}, nil
 }
 
-// ReadOnlyDir returns a Dir for looking only: it makes and removes nothing.
-func ReadOnlyDir(path string) *Dir { return &Dir{path} }
+// ReadOnlyDir returns a Dir for looking only, beside an agent that may be running: Write and Remove change nothing.
+func ReadOnlyDir(path string) *Dir { return &Dir{path: path, frozen: true} }
 
 func (d *Dir) Read(name string) ([]byte, error) { return os.ReadFile(filepath.Join(d.path, name)) }
 
 func (d *Dir) Write(name string, data []byte) error {
+	if d.frozen {
+		return nil
+	}
 	return WriteFile(filepath.Join(d.path, name), data, 0o600)
 }
 
 func (d *Dir) Remove(name string) error {
+	if d.frozen {
+		return nil
+	}
 	err := os.Remove(filepath.Join(d.path, name))
 	if err == nil || errors.Is(err, fs.ErrNotExist) {
 		return nil

@@ -133,9 +133,10 @@ func decode(data []byte) (*Entry, error) {
 
 // Disk is the Journal of a real host.
 type Disk struct {
-	dir string
-	log *slog.Logger
-	mu  sync.Mutex
+	dir    string
+	log    *slog.Logger
+	frozen bool
+	mu     sync.Mutex
 }
 
 const suffix = ".entry"
@@ -151,8 +152,10 @@ func Open(dir string, log *slog.Logger) (*Disk, error) {
 	return &Disk{dir: dir, log: log}, nil
 }
 
-// View returns a Disk for looking only: it makes and removes nothing.
-func View(dir string) *Disk { return &Disk{dir: dir, log: slog.New(slog.DiscardHandler)} }
+// View returns a Disk for All only, beside an agent that may be running: it makes, moves and removes nothing.
+func View(dir string) *Disk {
+	return &Disk{dir: dir, log: slog.New(slog.DiscardHandler), frozen: true}
+}
 
 // path hashes the id: it comes from the server and must not be a path.
 func (d *Disk) path(id string) string {
@@ -223,6 +226,9 @@ func (d *Disk) All() ([]*Entry, error) {
 		e, err := decode(data)
 		if err == nil && d.path(e.Assignment.GetId()) != path {
 			err = fault.New(fault.Internal, "the entry is of another assignment")
+		}
+		if err != nil && d.frozen {
+			continue
 		}
 		if err != nil {
 			d.log.Error("journal entry is damaged and set aside", "path", path, "err", err)

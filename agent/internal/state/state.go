@@ -29,8 +29,9 @@ const (
 const (
 	// maxTargets bounds what one agent keeps; a host has a handful.
 	maxTargets = 256
-	maxName    = 128
-	prefix     = "state-"
+	// Hello lists the names.
+	maxName = 64
+	prefix  = "state-"
 )
 
 // Config of a Keeper.

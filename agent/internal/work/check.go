@@ -12,7 +12,8 @@ import (
 )
 
 const (
-	maxIDLength = 128
+	// maxIDLength keeps a Hello that lists MaxOpen assignments below 64 KiB.
+	maxIDLength = 64
 	// maxNames bounds the names of one request; the size of a message bounds them too.
 	maxNames = 1000
 	maxChain = 16

@@ -39,6 +39,9 @@ type Config struct {
 	MaxDeploys int64
 	// VerifyTimeout is the setting in force.
 	VerifyTimeout func() time.Duration
+	// Sickened is told that the journal could not be written; Heal should be called until Sick says no. It must not
+	// block or call the engine.
+	Sickened func()
 	// Probe makes a TLS handshake and says which leaf was served.
 	Probe func(ctx context.Context, address, serverName string) (target.Proof, error)
 }
@@ -157,6 +160,9 @@ func (e *Engine) CheckTarget(ctx context.Context, spec *agentpb.TargetSpec) erro
 	return err
 }
 
+// Kill lets Stop end everything at once, as if the process had been killed; what it interrupts is settled by Recover.
+func (e *Engine) Kill() { e.stopAct(errStopping) }
+
 // Stop ends all workers and waits for them: at once what has not begun to install, the rest within actGrace.
 func (e *Engine) Stop() {
 	e.mu.Lock()
@@ -254,6 +260,12 @@ func (e *Engine) Idle() bool {
 // step runs the model and its effects under e.mu. Effects neither wait for the network nor for workers; the journal's
 // fsync is the longest of them.
 func (e *Engine) step(ev any) {
+	well := !e.model.sick
+	defer func() {
+		if well && e.model.sick && e.cfg.Sickened != nil {
+			e.cfg.Sickened()
+		}
+	}()
 	queue := e.model.step(ev)
 	for len(queue) > 0 {
 		eff := queue[0]
