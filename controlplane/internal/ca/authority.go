@@ -179,7 +179,7 @@ func (a *Authority) admit(tbs []byte) error {
 	case c.NotAfter.After(a.notAfter):
 		return fault.New(fault.Rejected, "the recorded certificate outlives its CA; abandon the intent and order again")
 	}
-	return a.lint.checkCertificate(der)
+	return a.lint.checkCertificate(der, false)
 }
 
 // seal signs to-be-signed bytes of any kind (certificate or CRL) with the CA's key and verifies the result.

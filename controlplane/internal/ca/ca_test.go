@@ -29,7 +29,7 @@ func TestGrid(t *testing.T) {
 		rsa  x509.KeyUsage // more for RSA keys
 	}{
 		"server": {[]domain.EKU{domain.EKUServerAuth}, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, x509.KeyUsageDigitalSignature, x509.KeyUsageKeyEncipherment},
-		"client": {[]domain.EKU{domain.EKUClientAuth}, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, x509.KeyUsageDigitalSignature, x509.KeyUsageKeyEncipherment},
+		"client": {[]domain.EKU{domain.EKUClientAuth}, []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}, x509.KeyUsageDigitalSignature, 0},
 		"peer": {[]domain.EKU{domain.EKUServerAuth, domain.EKUClientAuth}, []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 			x509.KeyUsageDigitalSignature, x509.KeyUsageKeyEncipherment},
 		"smime": {[]domain.EKU{domain.EKUEmailProtection}, []x509.ExtKeyUsage{x509.ExtKeyUsageEmailProtection},

@@ -125,7 +125,8 @@ func (a *Authority) prepare(t *x509.Certificate, pub publicKey, serial *big.Int)
 // certificate that carries a placeholder for its signature.
 func lintedTBS(template, parent *x509.Certificate, pub crypto.PublicKey, s scheme, l *linter) ([]byte, error) {
 	parentKey := parent.PublicKey
-	if parentKey == nil {
+	selfSigned := parentKey == nil
+	if selfSigned {
 		parentKey = pub // parent is the template: self-signed
 	}
 	template.SignatureAlgorithm = s.x509
@@ -142,7 +143,7 @@ func lintedTBS(template, parent *x509.Certificate, pub crypto.PublicKey, s schem
 	if err != nil {
 		return nil, err
 	}
-	if err := l.checkCertificate(der); err != nil {
+	if err := l.checkCertificate(der, selfSigned); err != nil {
 		return nil, err
 	}
 	return recorder.message, nil
@@ -176,10 +177,11 @@ type usage struct {
 	transport bool
 }
 
-// usages adapts key usage to purpose (RFC 5280 section 4.2.1.12 lists what is consistent).
+// usages adapts key usage to purpose. RFC 5280 section 4.2.1.12 lists what is consistent: clients sign, they decrypt
+// nothing, so that only what serves TLS may transport keys.
 var usages = map[domain.EKU]usage{
 	domain.EKUServerAuth:      {x509.ExtKeyUsageServerAuth, x509.KeyUsageDigitalSignature, true},
-	domain.EKUClientAuth:      {x509.ExtKeyUsageClientAuth, x509.KeyUsageDigitalSignature, true},
+	domain.EKUClientAuth:      {x509.ExtKeyUsageClientAuth, x509.KeyUsageDigitalSignature, false},
 	domain.EKUCodeSigning:     {x509.ExtKeyUsageCodeSigning, x509.KeyUsageDigitalSignature, false},
 	domain.EKUEmailProtection: {x509.ExtKeyUsageEmailProtection, x509.KeyUsageDigitalSignature | x509.KeyUsageContentCommitment, false},
 	domain.EKUTimeStamping:    {x509.ExtKeyUsageTimeStamping, x509.KeyUsageDigitalSignature | x509.KeyUsageContentCommitment, false},
