@@ -67,6 +67,12 @@ type Lab struct {
 // New makes an estate that ends with the test. Nothing runs yet.
 func New(t testing.TB) *Lab {
 	t.Helper()
+	return NewFor(t, Patience)
+}
+
+// NewFor is New for a test that may take longer than others.
+func NewFor(t testing.TB, patience time.Duration) *Lab {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "certmesh-e2e")
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +81,7 @@ func New(t testing.TB) *Lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	t.Cleanup(func() {
 		cancel()
 		e.Close()
