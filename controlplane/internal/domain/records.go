@@ -36,9 +36,13 @@ type SessionOpened struct {
 // Work is an open job with all that an assignment for it needs.
 type Work struct {
 	Job Job
-	// Issuance and Renewal.
-	Names        Names
-	KeyAlgorithm KeyAlgorithm
+	// Issuance and Renewal: what was ordered, where (IssuerKind is the issuer's, e.g. IssuerLocal), and by which rules.
+	// KeyAlgorithm is the profile's.
+	Names                Names
+	KeyAlgorithm         KeyAlgorithm
+	IssuerID, IssuerKind string
+	Profile              Profile
+	Policy               Policy
 	// Deployment: the version to install (the leaf's current one) and where.
 	Version Version
 	Target  Target
@@ -93,12 +97,14 @@ func AfterFailure(j Job, f Failure, mayRetry bool) Job {
 }
 
 // IntentOutcome answers RecordIntents. Intent is the one to sign, which is the former one when this agent's key has not
-// changed (Existing). Issued is set when the version was recorded already: nothing is to be signed.
+// changed (Existing). Issued is set when the version was recorded already: nothing is to be signed. SerialTaken comes with
+// a Conflict that another serial resolves.
 type IntentOutcome struct {
-	Intent   Intent
-	Existing bool
-	Issued   *Version
-	Err      error
+	Intent      Intent
+	Existing    bool
+	Issued      *Version
+	SerialTaken bool
+	Err         error
 }
 
 // Issued is a signed version to be recorded: it consumes the intent, completes the job, moves the leaf, and creates
@@ -114,8 +120,10 @@ type Issued struct {
 	At              time.Time
 }
 
-// IssuedOutcome carries the deployment work that was created, ready for dispatch.
+// IssuedOutcome carries the version as it is recorded, which another signature of the same bytes may have reached first,
+// and the deployment work that was created, ready for dispatch.
 type IssuedOutcome struct {
+	Version     Version
 	Deployments []Work
 	Err         error
 }

@@ -63,7 +63,7 @@ func (t *tx) recovery() (int64, error) {
 //   - Another key, or an intent from before a restore: the old intent is Abandoned, a version of it is revoked
 //     (superseded), and job, leaf and the new intent get the leaf's next generation: look at the outcome's Generation.
 //
-// Conflict: the attempt is not the one that is awaited, or the serial is taken at this issuer (choose another).
+// Conflict: the attempt is not the one that is awaited, or the serial is taken at this issuer (SerialTaken: choose another).
 func (s *Store) RecordIntents(ctx context.Context, items []domain.Intent) []domain.IntentOutcome {
 	return s.batches.intents.do(ctx, items)
 }
@@ -181,7 +181,8 @@ ON CONFLICT DO NOTHING RETURNING id`, v.args, func(scan func(...any) error) erro
 	}
 	for _, i := range fresh {
 		if it := outs[i].Intent; !done[it.ID] {
-			outs[i] = domain.IntentOutcome{Err: fault.New(fault.Conflict, "serial %s of issuer %s is taken; choose another", it.Serial, it.IssuerID)}
+			outs[i] = domain.IntentOutcome{SerialTaken: true,
+				Err: fault.New(fault.Conflict, "serial %s of issuer %s is taken; choose another", it.Serial, it.IssuerID)}
 		}
 	}
 	return nil

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"strconv"
 	"strings"
@@ -283,6 +284,7 @@ func (t *tx) deployIssued(items []domain.Issued, good, before []int, outs []doma
 	due := map[placementID]time.Time{}
 	for _, i := range good {
 		it, v := items[i], items[i].Version
+		outs[i].Version = v
 		for _, at := range placements[leafID{v.CertificateID, v.AgentID}] {
 			key := placementID{v.CertificateID, at.target.ID}
 			if at.isDue {
@@ -311,8 +313,13 @@ func (t *tx) deployIssued(items []domain.Issued, good, before []int, outs []doma
 			}
 		}
 	}
+	recorded, err := t.recordedBefore(items, before)
+	if err != nil {
+		return err
+	}
 	for _, i := range before {
-		v := items[i].Version
+		v := recorded[generationKey{items[i].Version.CertificateID, items[i].Version.AgentID, items[i].Version.Generation}]
+		outs[i].Version = v
 		for _, at := range placements[leafID{v.CertificateID, v.AgentID}] {
 			if at.hasOpen && at.open.Generation == v.Generation {
 				outs[i].Deployments = append(outs[i].Deployments, domain.Work{Job: at.open, Version: v, Target: at.target})
@@ -331,4 +338,21 @@ func (t *tx) deployIssued(items []domain.Issued, good, before []int, outs []doma
 		return errMoved
 	}
 	return t.placementsDue(due)
+}
+
+// recordedBefore reads the versions of items[before]: the same bytes may have been signed twice, and only the signature
+// that was recorded counts.
+func (t *tx) recordedBefore(items []domain.Issued, before []int) (map[generationKey]domain.Version, error) {
+	if len(before) == 0 {
+		return nil, nil
+	}
+	keys := make([]generationKey, len(before))
+	for n, i := range before {
+		keys[n] = generationKey{items[i].Version.CertificateID, items[i].Version.AgentID, items[i].Version.Generation}
+	}
+	found, err := t.versionsByKey(slices.Clone(keys))
+	if err == nil && len(found) == 0 {
+		return nil, errors.New("store: a version was recorded and is missing")
+	}
+	return found, err
 }

@@ -214,7 +214,8 @@ func (t *tx) work(jobs []domain.Job) ([]domain.Work, error) {
 			if !ok {
 				continue
 			}
-			w.Names, w.KeyAlgorithm = o.names, o.algorithm
+			w.Names, w.KeyAlgorithm, w.Profile, w.Policy = o.names, o.profile.KeyAlgorithm, o.profile, o.policy
+			w.IssuerID, w.IssuerKind = o.issuerID, o.issuerKind
 		} else {
 			var hasTarget, hasVersion bool
 			w.Target, hasTarget = byTarget[j.TargetID]
@@ -229,24 +230,37 @@ func (t *tx) work(jobs []domain.Job) ([]domain.Work, error) {
 }
 
 type order struct {
-	names     domain.Names
-	algorithm domain.KeyAlgorithm
+	names                domain.Names
+	issuerID, issuerKind string
+	profile              domain.Profile
+	policy               domain.Policy
 }
 
-// orders reads names and key algorithm of certificates.
+// orders reads what was ordered of certificates, from whom, and by which rules.
 func (t *tx) orders(ids []string) (map[string]order, error) {
 	slices.Sort(ids)
 	ids = slices.Compact(ids)
 	found := make(map[string]order, len(ids))
 	err := chunks(ids, func(ids []string) error {
 		in, args := inList(1, ids)
-		err := t.each(`SELECT certificate.id, certificate.common_name, profile.key_algorithm
-FROM certificate JOIN profile ON profile.id = certificate.profile_id WHERE certificate.id IN `+in, args, func(scan func(...any) error) error {
-			var id string
+		err := t.each("SELECT "+profileColumns+`, certificate.id, certificate.common_name, certificate.policy, issuer.id, issuer.kind
+FROM certificate JOIN profile ON profile.id = certificate.profile_id JOIN issuer ON issuer.id = certificate.issuer_id
+WHERE certificate.id IN `+in, args, func(scan func(...any) error) error {
+			var id, policy string
 			var o order
-			err := scan(&id, &o.names.CommonName, &o.algorithm)
+			var p profileRow
+			err := scan(append(p.dest(), &id, &o.names.CommonName, &policy, &o.issuerID, &o.issuerKind)...)
+			if err != nil {
+				return err
+			}
+			if o.profile, err = p.toDomain(); err != nil {
+				return err
+			}
+			if err := fromJSON(policy, &o.policy); err != nil {
+				return err
+			}
 			found[id] = o
-			return err
+			return nil
 		})
 		if err != nil {
 			return err

@@ -14,7 +14,7 @@ func wholeFlow(t *testing.T, w *World) {
 	ctx := t.Context()
 	a := w.Agent(t, "web1")
 	one, two := w.Target(t, a.ID, "one"), w.Target(t, a.ID, "two")
-	c, jobs := w.Order(t, "a.test", domain.Policy{}, one.ID, two.ID)
+	c, jobs := w.Order(t, "a.test", domain.Policy{Fraction: 0.5}, one.ID, two.ID)
 	if len(jobs) != 1 || jobs[0].Kind != domain.JobIssuance || jobs[0].State != domain.JobAwaitingCSR || jobs[0].Generation != 1 {
 		t.Fatalf("jobs: %+v", jobs)
 	}
@@ -27,6 +27,10 @@ func wholeFlow(t *testing.T, w *World) {
 	must(t, err)
 	if len(work) != 1 || work[0].KeyAlgorithm != domain.ECDSAP256 || work[0].Names.CommonName != "a.test" || len(work[0].Names.DNS) != 2 {
 		t.Fatalf("work: %+v", work)
+	}
+	if o := work[0]; o.IssuerID != c.IssuerID || o.IssuerKind != domain.IssuerLocal || o.Profile.ID != c.ProfileID || o.Profile.TTL != 47*24*time.Hour ||
+		len(o.Profile.Allowed) == 0 || len(o.Profile.EKUs) == 0 || o.Policy.Fraction != 0.5 {
+		t.Fatalf("the order's rules: %+v", o)
 	}
 	ids, err := w.S.AgentsWithOpenJobs(ctx, "n1", 10)
 	must(t, err)
@@ -179,6 +183,14 @@ func staleWriters(t *testing.T, w *World) {
 	must(t, twice.Err)
 	if len(twice.Deployments) != 1 || twice.Deployments[0].Job != out.Deployments[0].Job {
 		t.Fatalf("the same version again: %+v", twice)
+	}
+	// Two nodes sign the same bytes: signatures differ, and the one that was recorded counts.
+	rival := issued
+	rival.Version.DER, rival.Version.Fingerprint = []byte("another signature"), "another"
+	lost := w.S.RecordIssued(ctx, []domain.Issued{rival})[0]
+	must(t, lost.Err)
+	if v := issued.Version.Fingerprint; lost.Version.Fingerprint != v || out.Version.Fingerprint != v || lost.Deployments[0].Version.Fingerprint != v {
+		t.Fatalf("a second signature of the same bytes: %+v", lost)
 	}
 	expect("a failure after the end", w.S.FailJobs(ctx, []domain.Failure{{JobID: j.ID, AgentID: a.ID, Attempt: 1, Class: "retryable", At: w.Now()}})[0].Err, fault.Conflict)
 	w.staleResults(t, out.Deployments[0], other, second.Epoch)

@@ -186,7 +186,7 @@ func (w *World) takenSerial(t *testing.T, a domain.Agent, epoch domain.Epoch, it
 	g := w.Target(t, a.ID, "two")
 	_, jobs := w.Order(t, "b.test", domain.Policy{}, g.ID)
 	it.JobID, it.CertificateID, it.Attempt, it.Serial = jobs[0].ID, jobs[0].CertificateID, w.Dispatch(t, jobs[0], epoch), serial
-	if o := w.S.RecordIntents(t.Context(), []domain.Intent{it})[0]; !fault.Is(o.Err, fault.Conflict) {
+	if o := w.S.RecordIntents(t.Context(), []domain.Intent{it})[0]; !fault.Is(o.Err, fault.Conflict) || !o.SerialTaken {
 		t.Fatalf("a serial that is taken: %+v", o)
 	}
 }
