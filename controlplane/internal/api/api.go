@@ -166,11 +166,11 @@ type Config struct {
 type API struct {
 	Config
 	calls *prometheus.HistogramVec
-	// strangers bounds the audit rows that callers without a key can cause.
-	strangers *rate.Limiter
-	watchers  atomic.Int64
-	drain     chan struct{}
-	drainOnce sync.Once
+	// strangers bounds the audit rows that callers without a key can cause by refused calls, refused those of others.
+	strangers, refused *rate.Limiter
+	watchers           atomic.Int64
+	drain              chan struct{}
+	drainOnce          sync.Once
 }
 
 // The services are embedded for forward compatibility of the generated interfaces only.
@@ -217,7 +217,9 @@ func New(c Config) (*API, error) {
 		}, []string{"method", "code"}),
 		// Ten a second with a burst of fifty: enough to see an attack, too few to fill a disk.
 		strangers: rate.NewLimiter(10, 50),
-		drain:     make(chan struct{}),
+		// A script that repeats a failing call; people do not come near it.
+		refused: rate.NewLimiter(50, 500),
+		drain:   make(chan struct{}),
 	}
 	if c.Metrics != nil {
 		watchers := prometheus.NewGaugeFunc(prometheus.GaugeOpts{

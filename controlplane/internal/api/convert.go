@@ -101,9 +101,11 @@ func viewPB(v domain.CertificateView) *operatorpb.Certificate {
 	return out
 }
 
-// current reports whether a placement serves the wanted generation or, where it is not probed, holds it.
+// current reports whether a placement serves the wanted generation or, where it is not probed, holds it. Lists count by
+// the same rule.
 func current(p domain.Placement, wanted int64) bool {
-	return wanted > 0 && (p.ServedGeneration == wanted || p.State == domain.PlacementInstalled && p.InstalledGeneration == wanted)
+	return wanted > 0 && (p.State == domain.PlacementServed && p.ServedGeneration == wanted ||
+		p.State == domain.PlacementInstalled && p.InstalledGeneration == wanted)
 }
 
 func leafPB(l domain.Leaf) *operatorpb.Leaf {

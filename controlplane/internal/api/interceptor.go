@@ -170,10 +170,11 @@ func (a *API) admit(ctx context.Context, c *call) error {
 		return fault.New(fault.Unauthorized, "the authorization metadata must be: Bearer <API key>")
 	}
 	p, err := authz.Authenticate(ctx, a.Store, key, a.now())
+	// The holder of an expired or revoked key has shown who it is: the trail names it.
+	c.principal, c.known = p, p.KeyID != ""
 	if err != nil {
 		return err
 	}
-	c.principal, c.known = p, true
 	if !p.Role.May(need) {
 		return fault.New(fault.Forbidden, "API key %s has the role %s, which lacks the permission %s; use a key with a higher role", p.Name, p.Role, need)
 	}
@@ -212,9 +213,14 @@ func (a *API) finish(ctx context.Context, c *call, err error, start time.Time) e
 	return st.Err()
 }
 
-// auditRefusal writes the row of a call that changed nothing. Rows of strangers are bounded; the log has them all.
+// auditRefusal writes the row of a call that changed nothing. Such rows are bounded, those of strangers apart so that
+// they cannot crowd out the others; the log has them all.
 func (a *API) auditRefusal(ctx context.Context, c *call, err error, denied bool) {
-	if !c.known && !a.strangers.AllowN(a.Clock.Now(), 1) {
+	limit := a.strangers
+	if c.known {
+		limit = a.refused
+	}
+	if !limit.AllowN(a.Clock.Now(), 1) {
 		return
 	}
 	action := "api.failed"
