@@ -199,7 +199,9 @@ func (r *run) order(n int) func(context.Context) error {
 // renew returns the work of renewing a certificate that is there.
 func (r *run) renew(n int) func(context.Context) error {
 	c := r.certs[r.random.IntN(len(r.certs))]
-	return func(ctx context.Context) error { return r.insist(ctx, "certs", "renew", c.name, "--request-id", fmt.Sprintf("renew-%d", n)) }
+	return func(ctx context.Context) error {
+		return r.insist(ctx, "certs", "renew", c.name, "--request-id", fmt.Sprintf("renew-%d", n))
+	}
 }
 
 // insist makes a call until it is answered, as a script that looks at the exit status would.
