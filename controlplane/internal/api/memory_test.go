@@ -43,6 +43,9 @@ type memory struct {
 	targetAgent string
 	resource    string
 
+	// page is given what the next list is asked for; nil: nobody cares.
+	page *domain.PageRequest
+
 	// before runs first in every method, by its name: it may return an error or panic.
 	before func(method string) error
 }
@@ -98,7 +101,10 @@ func profileName(p domain.Profile) string  { return p.Name }
 func targetName(t domain.Target) string    { return t.Name }
 
 // paged is a page of all that pass, by key.
-func paged[T any](all map[string]T, p domain.PageRequest, pass func(T) bool) ([]T, string, error) {
+func paged[T any](m *memory, all map[string]T, p domain.PageRequest, pass func(T) bool) ([]T, string, error) {
+	if m.page != nil {
+		*m.page, m.page = p, nil
+	}
 	size := cmp.Or(p.Size, 50)
 	if size < 0 || size > domain.MaxPageSize {
 		return nil, "", fault.InvalidField("page.size", "is too great")
@@ -285,7 +291,7 @@ func (m *memory) Certificates(_ context.Context, f domain.CertificateFilter, p d
 		return nil, nil, "", err
 	}
 	m.certFilter = f
-	all, next, err := paged(m.certs, p, func(c domain.Certificate) bool {
+	all, next, err := paged(m, m.certs, p, func(c domain.Certificate) bool {
 		return (f.Status == "" || c.Status == f.Status) && strings.HasPrefix(c.Name, f.NamePrefix) && (f.Owner == "" || c.Owner == f.Owner)
 	})
 	counts := map[string]domain.PlacementCounts{}
@@ -309,7 +315,7 @@ func (m *memory) Versions(_ context.Context, key string, p domain.PageRequest) (
 	for _, v := range m.versions[c.ID] {
 		bySerial[v.Serial] = v
 	}
-	return paged(bySerial, p, every[domain.Version])
+	return paged(m, bySerial, p, every[domain.Version])
 }
 
 func (m *memory) Agent(_ context.Context, key string) (domain.Agent, error) {
@@ -328,7 +334,7 @@ func (m *memory) Agents(_ context.Context, state domain.AgentState, p domain.Pag
 		return nil, "", err
 	}
 	m.agentState = state
-	return paged(m.agents, p, func(a domain.Agent) bool { return state == "" || a.State == state })
+	return paged(m, m.agents, p, func(a domain.Agent) bool { return state == "" || a.State == state })
 }
 
 func (m *memory) RetireAgent(_ context.Context, key, reason string, op domain.Op) (domain.Agent, error) {
@@ -419,7 +425,7 @@ func (m *memory) Jobs(_ context.Context, f domain.JobFilter, p domain.PageReques
 		}
 		agent = a.ID
 	}
-	return paged(m.jobs, p, func(j domain.Job) bool {
+	return paged(m, m.jobs, p, func(j domain.Job) bool {
 		return (cert == "" || j.CertificateID == cert) && (agent == "" || j.AgentID == agent) && (!f.Open || j.State.Open()) && (f.State == "" || j.State == f.State)
 	})
 }
@@ -470,7 +476,7 @@ func (m *memory) Issuers(_ context.Context, p domain.PageRequest) ([]domain.Issu
 	if err != nil {
 		return nil, "", err
 	}
-	return paged(m.issuers, p, every[domain.Issuer])
+	return paged(m, m.issuers, p, every[domain.Issuer])
 }
 
 func (m *memory) Issuer(_ context.Context, key string) (domain.Issuer, error) {
@@ -503,7 +509,7 @@ func (m *memory) Profiles(_ context.Context, p domain.PageRequest) ([]domain.Pro
 	if err != nil {
 		return nil, "", err
 	}
-	return paged(m.profiles, p, every[domain.Profile])
+	return paged(m, m.profiles, p, every[domain.Profile])
 }
 
 func (m *memory) Profile(_ context.Context, key string) (domain.Profile, error) {
@@ -536,7 +542,7 @@ func (m *memory) Targets(_ context.Context, agentID string, p domain.PageRequest
 		return nil, "", err
 	}
 	m.targetAgent = agentID
-	return paged(m.targets, p, func(t domain.Target) bool { return agentID == "" || t.AgentID == agentID })
+	return paged(m, m.targets, p, func(t domain.Target) bool { return agentID == "" || t.AgentID == agentID })
 }
 
 func (m *memory) Target(_ context.Context, key string) (domain.Target, error) {
@@ -565,7 +571,7 @@ func (m *memory) AuditEvents(_ context.Context, resource string, p domain.PageRe
 	for _, e := range m.audits {
 		byID[e.ID] = e
 	}
-	return paged(byID, p, func(e domain.AuditEvent) bool { return resource == "" || e.Resource == resource })
+	return paged(m, byID, p, func(e domain.AuditEvent) bool { return resource == "" || e.Resource == resource })
 }
 
 func (m *memory) Audit(_ context.Context, events []domain.AuditEvent) error {
