@@ -77,7 +77,7 @@ func (p *Permits) Do(ctx context.Context, issuerID string, fn func(ctx context.C
 	defer p.inFlight.WithLabelValues(issuerID).Dec()
 	result := callDone
 	defer func() { p.calls.WithLabelValues(issuerID, result).Inc() }()
-	err, panicked := contained(ctx, fn)
+	panicked, err := contained(ctx, fn)
 	switch {
 	case panicked:
 		result = callPanicked
@@ -87,13 +87,13 @@ func (p *Permits) Do(ctx context.Context, issuerID string, fn func(ctx context.C
 	return err
 }
 
-func contained(ctx context.Context, fn func(ctx context.Context) error) (err error, panicked bool) { //nolint:revive // the error is the answer, panicked its label
+func contained(ctx context.Context, fn func(ctx context.Context) error) (panicked bool, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err, panicked = fault.Wrap(fault.Internal, fmt.Errorf("panic: %v\n%s", v, debug.Stack()), "a call panicked"), true
 		}
 	}()
-	return fn(ctx), false
+	return false, fn(ctx)
 }
 
 // Describe implements prometheus.Collector.

@@ -1,0 +1,195 @@
+package session
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/certmesh/certmesh/controlplane/internal/dispatch"
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
+)
+
+// pool runs functions, at most so many at once, in the order they came; idle it has no goroutine.
+type pool struct {
+	most int
+
+	mu      sync.Mutex
+	queue   []func()
+	running int
+	idle    chan struct{} // closed when nothing runs; nil: nobody waits
+}
+
+func newPool(most int) *pool { return &pool{most: most} }
+
+// do runs f soon; it never blocks. f contains its own panics.
+func (p *pool) do(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.running >= p.most {
+		p.queue = append(p.queue, f)
+		return
+	}
+	p.running++
+	go p.run(f)
+}
+
+func (p *pool) run(f func()) {
+	for f != nil {
+		f()
+		f = p.next()
+	}
+}
+
+func (p *pool) next() func() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.queue) > 0 {
+		f := p.queue[0]
+		p.queue[0] = nil
+		if p.queue = p.queue[1:]; len(p.queue) == 0 {
+			p.queue = nil
+		}
+		return f
+	}
+	if p.running--; p.running == 0 && p.idle != nil {
+		close(p.idle)
+		p.idle = nil
+	}
+	return nil
+}
+
+// wait returns when nothing runs, or with ctx's error.
+func (p *pool) wait(ctx context.Context) error {
+	p.mu.Lock()
+	if p.running == 0 {
+		p.mu.Unlock()
+		return nil
+	}
+	if p.idle == nil {
+		p.idle = make(chan struct{})
+	}
+	idle := p.idle
+	p.mu.Unlock()
+	select {
+	case <-idle:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// loader reads open work for many agents with one question: what wants loading while a read runs goes into the next.
+type loader struct {
+	s *Server
+
+	mu      sync.Mutex
+	want    []load
+	running int
+}
+
+type load struct {
+	st     *stream
+	verify bool
+}
+
+const (
+	loadBatch  = 100
+	loadersMax = 2
+)
+
+func newLoader(s *Server) *loader { return &loader{s: s} }
+
+func (l *loader) add(st *stream, verify bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.want = append(l.want, load{st, verify})
+	if l.running < loadersMax {
+		l.running++
+		l.s.store.do(l.run)
+	}
+}
+
+func (l *loader) take() []load {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := min(len(l.want), loadBatch)
+	batch := l.want[:n:n]
+	if l.want = l.want[n:]; len(l.want) == 0 {
+		l.want = nil
+	}
+	if n == 0 {
+		l.running--
+	}
+	return batch
+}
+
+func (l *loader) run() {
+	for batch := l.take(); len(batch) > 0; batch = l.take() {
+		l.load(batch)
+	}
+}
+
+func (l *loader) load(batch []load) {
+	s := l.s
+	ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
+	defer cancel()
+	seen := map[string]bool{}
+	var ids, doubted []string
+	for _, b := range batch {
+		id := b.st.who.agentID
+		if !seen[id] {
+			seen[id] = true
+			ids = append(ids, id)
+		}
+		if b.verify {
+			doubted = append(doubted, id)
+		}
+	}
+	if len(doubted) > 0 {
+		l.verify(ctx, batch, doubted)
+	}
+	var work []domain.Work
+	err := contain(s.cfg.Log, "load open work", func() error {
+		var err error
+		work, err = s.cfg.Store.OpenWork(ctx, ids)
+		return err
+	})
+	if err != nil {
+		s.cfg.Log.Warn("open work not loaded; it is tried again", "agents", len(ids), "err", err)
+	}
+	byAgent := map[string][]domain.Work{}
+	for _, w := range work {
+		byAgent[w.Job.AgentID] = append(byAgent[w.Job.AgentID], w)
+	}
+	now := s.now()
+	for _, b := range batch {
+		b.st.answer(dispatch.Loaded{Work: byAgent[b.st.who.agentID], Err: err, At: now})
+	}
+}
+
+// verify ends the streams whose session is another's by now.
+func (l *loader) verify(ctx context.Context, batch []load, doubted []string) {
+	var holders map[string]domain.Session
+	err := contain(l.s.cfg.Log, "read holders", func() error {
+		var err error
+		holders, err = l.s.cfg.Store.SessionHolders(ctx, doubted)
+		return err
+	})
+	if err != nil {
+		l.s.cfg.Log.Warn("holders of streams not read", "err", err)
+		return
+	}
+	for _, b := range batch {
+		if h, ok := holders[b.st.who.agentID]; b.verify && ok && (h.Epoch != b.st.epochNow() || h.Holder != l.s.cfg.NodeID) {
+			b.st.end(endSuperseded())
+		}
+	}
+}
+
+// microTime is a time in an atomic; 0 is none.
+func microTime(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMicro()
+}

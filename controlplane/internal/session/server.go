@@ -1,0 +1,557 @@
+package session
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/semaphore"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/certmesh/certmesh/controlplane/internal/ca"
+	"github.com/certmesh/certmesh/controlplane/internal/dispatch"
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/hub"
+	"github.com/certmesh/certmesh/controlplane/internal/issue"
+	agentpb "github.com/certmesh/certmesh/protocol/agent/v1"
+	"github.com/certmesh/certmesh/protocol/fault"
+)
+
+// Store is what agents' streams need of the store; its methods say what each outcome means.
+type Store interface {
+	Sessions
+	Jobs
+	Joining
+	States
+	Trail
+}
+
+// Sessions keeps who holds which stream.
+type Sessions interface {
+	OpenSessions(ctx context.Context, items []domain.SessionOpen) []domain.SessionOpened
+	CloseSession(ctx context.Context, agentID string, epoch domain.Epoch, at time.Time) error
+	SessionHolders(ctx context.Context, agentIDs []string) (map[string]domain.Session, error)
+	FlushSeen(ctx context.Context, seen []domain.Seen) error
+	QuarantineAgent(ctx context.Context, agentID, reason string, op domain.Op) error
+}
+
+// Jobs keeps work.
+type Jobs interface {
+	OpenWork(ctx context.Context, agentIDs []string) ([]domain.Work, error)
+	Settlements(ctx context.Context, agentID string, refs []domain.JobRef) ([]domain.Settlement, error)
+	Dispatch(ctx context.Context, items []domain.Dispatch) []error
+	Accept(ctx context.Context, items []domain.Acceptance) []error
+	FailJobs(ctx context.Context, items []domain.Failure) []domain.FailureOutcome
+	CompleteDeployments(ctx context.Context, items []domain.DeployResult) []domain.DeployOutcome
+}
+
+// Joining keeps hosts and their identities.
+type Joining interface {
+	Enroll(ctx context.Context, e domain.Enrollment) (domain.Agent, error)
+	Agent(ctx context.Context, idOrName string) (domain.Agent, error)
+	Identity(ctx context.Context, serial string) (domain.Identity, error)
+	RecordIdentity(ctx context.Context, i domain.Identity, op domain.Op) error
+}
+
+// States keeps what agents are to have.
+type States interface {
+	TrustBundle(ctx context.Context) (version int64, roots [][]byte, err error)
+	TargetsOfAgent(ctx context.Context, agentID string) ([]domain.Target, error)
+	Rejections(ctx context.Context, agentID string) ([]domain.StateRejection, error)
+	RecordRejection(ctx context.Context, r domain.StateRejection) error
+	ClearRejection(ctx context.Context, agentID, kind, name string) error
+}
+
+// Trail keeps what was issued and what happened.
+type Trail interface {
+	Versions(ctx context.Context, certificateID string, p domain.PageRequest) ([]domain.Version, string, error)
+	Audit(ctx context.Context, events []domain.AuditEvent) error
+}
+
+// Issuer checks a CSR, signs and records.
+type Issuer interface {
+	// Issue returns a recorded certificate. Conflict: the attempt is stale. Invalid, Rejected: the CSR is wrong for good.
+	Issue(ctx context.Context, r issue.Request) (issue.Outcome, error)
+}
+
+// Config is what New needs; every field is required unless it says otherwise.
+type Config struct {
+	NodeID, TrustDomain string
+	Store               Store
+	// Mesh is the CA that signs identities.
+	Mesh  func() *ca.Authority
+	Issue Issuer
+	Hub   *hub.Hub
+	Clock clockwork.Clock
+	Log   *slog.Logger
+	// Metrics may be nil.
+	Metrics prometheus.Registerer
+	NewID   func(prefix string) string
+	// IdentityTTL is the validity of agents' identities, VerifyTimeout and BeatInterval are settings of agents.
+	IdentityTTL, VerifyTimeout, BeatInterval time.Duration
+	// Handshakes is how many Hellos and enrolments are worked on at the same time.
+	Handshakes int
+	// RemoteWake tells another node that an agent it holds has work; nil on a single node.
+	RemoteWake func(node, agentID string)
+	// Changed is called after a leaf or placement changed, so that duties may look again; may be nil.
+	Changed func()
+}
+
+// The numbers of the stream's I/O.
+const (
+	maxMessage = 64 << 10
+	// tick is how exact deadlines and retries are; the ticker looks at two numbers per stream.
+	tick = 250 * time.Millisecond
+	// helloTimeout bounds a stream that says nothing, writeTimeout a Send that the agent does not take, partTimeout the
+	// rest of a stream whose end was decided.
+	helloTimeout = 15 * time.Second
+	writeTimeout = 30 * time.Second
+	partTimeout  = 2 * time.Second
+	// storeTimeout bounds one use of the store, issueTimeout one issue.
+	storeTimeout = 30 * time.Second
+	issueTimeout = 60 * time.Second
+	// flushInterval is how often beats are written.
+	flushInterval = 10 * time.Second
+	// storeWorkers and issueWorkers bound what runs at once for all streams. The store commits up to a hundred callers
+	// together, so fewer would leave its batches short; the issuer bounds its own use of the CPU.
+	storeWorkers = 256
+	issueWorkers = 64
+	// maxTasks is how many answers one stream may await before its messages are no longer read.
+	maxTasks = 512
+)
+
+// Server is the agents' side of the mesh listener. New makes it, Start and Stop bracket its life.
+type Server struct {
+	agentpb.UnimplementedAgentServiceServer
+
+	cfg     Config
+	metrics *metrics
+	gate    *semaphore.Weighted
+	store   *pool
+	issuing *pool
+	loads   *loader
+	guard   *guard
+	bundle  bundle
+	issued  identities
+	held    reported
+
+	// settings is the same for all agents.
+	settings Resource
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu       sync.RWMutex
+	started  bool
+	stopping bool
+	// all are the streams, agents the ones of each agent that have said Hello: usually one, two while one takes over.
+	all     map[*stream]struct{}
+	agents  map[string][]*stream
+	boots   map[string]boots
+	parted  []domain.Seen
+	emptied chan struct{}
+}
+
+// New returns a Server. Errors: Internal when a part of the configuration is missing or a metric is registered already.
+func New(c Config) (*Server, error) {
+	switch {
+	case c.NodeID == "", c.TrustDomain == "", c.Store == nil, c.Mesh == nil, c.Issue == nil, c.Hub == nil, c.Clock == nil,
+		c.Log == nil, c.NewID == nil:
+		return nil, fault.New(fault.Internal, "session: a part of Config is missing")
+	}
+	if c.IdentityTTL <= 0 {
+		c.IdentityTTL = ca.DefaultIdentityTTL
+	}
+	if c.BeatInterval <= 0 {
+		c.BeatInterval = 30 * time.Second
+	}
+	c.Handshakes = max(c.Handshakes, 1)
+	s := &Server{cfg: c, gate: semaphore.NewWeighted(int64(c.Handshakes)), guard: newGuard(c.Clock),
+		all: map[*stream]struct{}{}, agents: map[string][]*stream{}, boots: map[string]boots{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.store, s.issuing = newPool(storeWorkers), newPool(issueWorkers)
+	s.loads = newLoader(s)
+	body := &agentpb.Settings{BeatIntervalMs: c.BeatInterval.Milliseconds(), VerifyTimeoutMs: c.VerifyTimeout.Milliseconds()}
+	var err error
+	if s.settings, err = resource(kindSettings, "", 0, body, &agentpb.State{Body: &agentpb.State_Settings{Settings: body}}); err != nil {
+		return nil, err
+	}
+	s.metrics = newMetrics(s)
+	if c.Metrics != nil {
+		for _, m := range s.metrics.all() {
+			if err := c.Metrics.Register(m); err != nil {
+				return nil, fault.Wrap(fault.Internal, err, "session: register metrics")
+			}
+		}
+	}
+	return s, nil
+}
+
+// Register adds the service to a server that was made with Options.
+func (s *Server) Register(r grpc.ServiceRegistrar) { agentpb.RegisterAgentServiceServer(r, s) }
+
+// Start begins to look after deadlines and beats.
+func (s *Server) Start() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.started || s.stopping {
+		return
+	}
+	s.started = true
+	ticks := s.cfg.Clock.NewTicker(tick)
+	s.wg.Go(func() {
+		defer ticks.Stop()
+		flushed := s.cfg.Clock.Now()
+		for {
+			select {
+			case <-s.ctx.Done():
+				return
+			case <-ticks.Chan():
+			}
+			now := s.cfg.Clock.Now()
+			s.sweep(now)
+			if now.Sub(flushed) >= flushInterval {
+				flushed = now
+				s.flush(s.ctx)
+				s.forget(now)
+			}
+		}
+	})
+}
+
+// Stop ends all streams: nothing more is dispatched, what is being issued or recorded is finished and told, then every
+// agent gets Goodbye. It closes the sessions, writes the last beats and returns nil, or ctx's error if that came first.
+// Twice is fine.
+func (s *Server) Stop(ctx context.Context) error {
+	s.mu.Lock()
+	s.stopping = true
+	streams := s.listLocked()
+	var emptied chan struct{}
+	if len(s.all) > 0 {
+		if s.emptied == nil {
+			s.emptied = make(chan struct{})
+		}
+		emptied = s.emptied
+	}
+	s.mu.Unlock()
+	for _, st := range streams {
+		st.drain()
+	}
+	err := func() error {
+		if emptied == nil {
+			return nil
+		}
+		select {
+		case <-emptied:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}()
+	if err != nil {
+		for _, st := range streams {
+			st.cut(endShutdown())
+		}
+	}
+	for _, p := range []*pool{s.store, s.issuing} {
+		if werr := p.wait(ctx); werr != nil && err == nil {
+			err = werr
+		}
+	}
+	s.flush(ctx)
+	s.cancel()
+	s.wg.Wait()
+	if err != nil {
+		return fault.Wrap(fault.Retryable, err, "not all agents' streams could be ended in time")
+	}
+	return nil
+}
+
+func (s *Server) now() time.Time { return domain.Micro(s.cfg.Clock.Now()) }
+
+func (s *Server) listLocked() []*stream {
+	list := make([]*stream, 0, len(s.all))
+	for st := range s.all {
+		list = append(list, st)
+	}
+	return list
+}
+
+// of returns the streams of an agent that have said Hello.
+func (s *Server) of(agentID string) []*stream {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.Clone(s.agents[agentID])
+}
+
+// Wake makes the holder of the agent's stream look at its open jobs; call it after the commit.
+func (s *Server) Wake(agentID string) {
+	streams := s.of(agentID)
+	for _, st := range streams {
+		st.event(dispatch.Woken{At: s.now()})
+	}
+	if len(streams) > 0 || s.cfg.RemoteWake == nil {
+		return
+	}
+	s.store.do(func() {
+		ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
+		defer cancel()
+		holders, err := s.cfg.Store.SessionHolders(ctx, []string{agentID})
+		if err != nil {
+			// The slow sweep of the other node finds the job.
+			s.cfg.Log.Warn("holder of a stream not read", "agent_id", agentID, "err", err)
+			return
+		}
+		if h := holders[agentID].Holder; h != "" && h != s.cfg.NodeID {
+			s.cfg.RemoteWake(h, agentID)
+		}
+	})
+}
+
+// Holds reports whether this node holds an open stream of the agent.
+func (s *Server) Holds(agentID string) bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return slices.ContainsFunc(s.agents[agentID], func(st *stream) bool { return st.epoch > 0 })
+}
+
+// Disconnect ends the agent's streams at once and tells it not to come back with this identity.
+func (s *Server) Disconnect(agentID, reason string) {
+	end := endRetired(clean(reason, maxFailure))
+	if revoked(reason) {
+		end = endRevoked(clean(reason, maxFailure))
+	}
+	for _, st := range s.of(agentID) {
+		st.end(end)
+	}
+}
+
+// PushState reads the agent's desired state and sends what is new of it.
+func (s *Server) PushState(agentID string) {
+	for _, st := range s.of(agentID) {
+		s.store.do(func() {
+			ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
+			defer cancel()
+			all, err := s.desired(ctx, agentID, true)
+			if err != nil {
+				// The agent gets it with its next Hello.
+				s.cfg.Log.Error("desired state of an agent not read", "agent_id", agentID, "err", err)
+				return
+			}
+			st.proto(Desired{Resources: all})
+		})
+	}
+}
+
+// Credits are the agent's grants that are not used up, by class; nil if its stream is not held here.
+func (s *Server) Credits(agentID string) map[string]int32 {
+	for _, st := range s.of(agentID) {
+		if c, ok := st.credits(); ok {
+			return c
+		}
+	}
+	return nil
+}
+
+// Count is how many agents' sessions are open on this node.
+func (s *Server) Count() int64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var n int64
+	for _, list := range s.agents {
+		if slices.ContainsFunc(list, func(st *stream) bool { return st.epoch > 0 }) {
+			n++
+		}
+	}
+	return n
+}
+
+// add takes a new stream on.
+func (s *Server) add(st *stream) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return fault.New(fault.Retryable, "this node is stopping; connect to another")
+	}
+	s.all[st] = struct{}{}
+	return nil
+}
+
+// register makes the stream one that is woken, before its session is committed.
+func (s *Server) register(st *stream) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.agents[st.who.agentID] = append(s.agents[st.who.agentID], st)
+}
+
+// opened notes the committed epoch and returns the streams of the agent that it supersedes. newest is false when one of
+// them is newer still; gone says that the stream has ended meanwhile, without having known its epoch.
+func (s *Server) opened(st *stream, epoch domain.Epoch) (older []*stream, newest, gone bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, alive := s.all[st]; !alive {
+		return nil, false, true
+	}
+	st.epoch = epoch
+	newest = true
+	for _, o := range s.agents[st.who.agentID] {
+		switch {
+		case o == st || o.epoch == 0:
+		case o.epoch < epoch:
+			older = append(older, o)
+		default:
+			newest = false
+		}
+	}
+	return older, newest, false
+}
+
+// remove forgets a stream that has ended and returns the epoch under which it was open, 0 if it was not.
+func (s *Server) remove(st *stream) domain.Epoch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.all, st)
+	id := st.who.agentID
+	left := slices.DeleteFunc(s.agents[id], func(o *stream) bool { return o == st })
+	if len(left) == 0 {
+		delete(s.agents, id)
+	} else {
+		s.agents[id] = left
+	}
+	if seen, ok := st.unwritten(); ok {
+		s.parted = append(s.parted, seen)
+	}
+	if len(s.all) == 0 && s.emptied != nil {
+		close(s.emptied)
+		s.emptied = nil
+	}
+	return st.epoch
+}
+
+// sweep looks at the deadlines of all streams.
+func (s *Server) sweep(now time.Time) {
+	s.mu.RLock()
+	var due []*stream
+	for st := range s.all {
+		if st.due(now) {
+			due = append(due, st)
+		}
+	}
+	s.mu.RUnlock()
+	for _, st := range due {
+		st.ticked(now)
+	}
+}
+
+// flush writes the beats since the last one.
+func (s *Server) flush(ctx context.Context) {
+	s.mu.Lock()
+	seen := s.parted
+	s.parted = nil
+	for _, list := range s.agents {
+		for _, st := range list {
+			if b, ok := st.unwritten(); ok && st.epoch > 0 {
+				seen = append(seen, b)
+			}
+		}
+	}
+	s.mu.Unlock()
+	if len(seen) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	if err := s.cfg.Store.FlushSeen(ctx, seen); err != nil {
+		// The next beats say the same.
+		s.cfg.Log.Warn("beats not written", "agents", len(seen), "err", err)
+	}
+}
+
+// forget drops what is remembered of agents for a while only.
+func (s *Server) forget(now time.Time) {
+	s.mu.Lock()
+	for id, b := range s.boots {
+		if b.stale(now) {
+			delete(s.boots, id)
+		}
+	}
+	s.mu.Unlock()
+	s.issued.forget(now)
+}
+
+// booted notes the boot of a Hello and the one before it, of which another node may know more, and says whether the
+// identity is used by two machines.
+func (s *Server) booted(agentID, previous, boot string, now time.Time) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := s.boots[agentID]
+	if previous != "" && (len(b) == 0 || b[len(b)-1].id != previous) {
+		b, _ = b.hello(previous, now)
+	}
+	b, cloned := b.hello(boot, now)
+	if cloned {
+		delete(s.boots, agentID)
+	} else {
+		s.boots[agentID] = b
+	}
+	return cloned
+}
+
+// jitter spreads d over half of itself and more.
+func jitter(d time.Duration) time.Duration {
+	return d/2 + time.Duration(rand.Float64()*float64(d)) //nolint:gosec // spreads arrivals, guards nothing
+}
+
+// resource makes a state of its body.
+func resource(kind, name string, revision int64, body proto.Message, state *agentpb.State) (Resource, error) {
+	b, err := proto.MarshalOptions{Deterministic: true}.Marshal(body)
+	if err != nil {
+		return Resource{}, fault.Wrap(fault.Internal, err, "encode the state %s %s", kind, name)
+	}
+	return Resource{Kind: kind, Name: name, Revision: revision, Hash: hashOf(b), Body: state}, nil
+}
+
+// TLS is the configuration of the mesh listener. Certificate and roots are asked for at every handshake. A client
+// certificate is optional, because Enroll and Reidentify come without; one that is shown must be of the mesh CA.
+func TLS(cert func() *tls.Certificate, roots func() *x509.CertPool) *tls.Config {
+	base := &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		NextProtos:             []string{"h2"},
+		ClientAuth:             tls.VerifyClientCertIfGiven,
+		CurvePreferences:       []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256},
+		SessionTicketsDisabled: true, // each connection shows its identity anew
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			if c := cert(); c != nil {
+				return c, nil
+			}
+			return nil, fault.New(fault.Internal, "this node has no identity yet")
+		},
+	}
+	outer := base.Clone()
+	var mu sync.Mutex
+	var made *tls.Config
+	outer.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
+		pool := roots()
+		if pool == nil {
+			// A nil pool would mean the system's roots.
+			pool = x509.NewCertPool()
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if made == nil || made.ClientCAs != pool {
+			made = base.Clone()
+			made.ClientCAs = pool
+		}
+		return made, nil
+	}
+	return outer
+}
