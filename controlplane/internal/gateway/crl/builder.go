@@ -45,7 +45,7 @@ type Builder struct {
 const Shard = 0
 
 // Build rebuilds every CRL that is missing, half expired, or lacks a revocation. It returns when the next one is half
-// expired.
+// expired. Conflict: the duty was lost.
 func (b *Builder) Build(ctx context.Context, f domain.Fence, now time.Time) (time.Time, error) {
 	var next time.Time
 	var problems []error
@@ -59,12 +59,13 @@ func (b *Builder) Build(ctx context.Context, f domain.Fence, now time.Time) (tim
 				continue
 			}
 			at, err := b.build(ctx, f, i.ID, now)
-			if err != nil {
+			switch {
+			case fault.Is(err, fault.Conflict):
+				return time.Time{}, fmt.Errorf("CRL of %s: %w", i.Name, err) // the duty was lost: the others would fail too
+			case err != nil:
 				// One CA whose key cannot be opened must not stop the others' CRLs.
 				problems = append(problems, fmt.Errorf("CRL of %s: %w", i.Name, err))
-				continue
-			}
-			if next.IsZero() || at.Before(next) {
+			case !at.IsZero() && (next.IsZero() || at.Before(next)):
 				next = at
 			}
 		}
@@ -77,7 +78,9 @@ func (b *Builder) Build(ctx context.Context, f domain.Fence, now time.Time) (tim
 
 func (b *Builder) build(ctx context.Context, f domain.Fence, issuerID string, now time.Time) (time.Time, error) {
 	now = now.UTC().Truncate(time.Second) // RFC 5280 section 5.1.2.4: times carry no fraction
-	entries, err := b.Store.Revoked(ctx, issuerID, now)
+	// A certificate that has expired stays listed for one validity more: it must be on a CRL that was issued after its end
+	// (RFC 5280 section 3.3).
+	entries, err := b.Store.Revoked(ctx, issuerID, now.Add(-b.Validity))
 	if err != nil {
 		return time.Time{}, fmt.Errorf("read revocations: %w", err)
 	}
@@ -91,9 +94,12 @@ func (b *Builder) build(ctx context.Context, f domain.Fence, issuerID string, no
 			return half, nil
 		}
 	}
+	if over, err := b.expired(ctx, issuerID, now); over || err != nil {
+		return time.Time{}, err
+	}
 	signer, err := b.Signer(ctx, issuerID)
 	if err != nil {
-		return time.Time{}, err
+		return time.Time{}, fmt.Errorf("open the CA: %w", err)
 	}
 	c := domain.CRL{IssuerID: issuerID, Shard: Shard,
 		// Unix milliseconds as a floor: after a restore from backup no number is used twice (RFC 5280 section 5.2.3).
@@ -107,6 +113,22 @@ func (b *Builder) build(ctx context.Context, f domain.Fence, issuerID string, no
 	}
 	b.Log.Info("CRL built", "issuer", issuerID, "number", c.Number, "revoked", c.Revoked)
 	return c.ThisUpdate.Add(b.Validity / 2), nil
+}
+
+// expired reports whether the CA has: then nothing it issued is valid, and it signs no CRL any more.
+func (b *Builder) expired(ctx context.Context, issuerID string, now time.Time) (bool, error) {
+	ca, err := b.Store.CA(ctx, issuerID)
+	if err != nil {
+		return false, fmt.Errorf("read the CA: %w", err)
+	}
+	if len(ca.Chain) == 0 {
+		return false, fault.New(fault.Internal, "the CA has no certificate")
+	}
+	c, err := x509.ParseCertificate(ca.Chain[0])
+	if err != nil {
+		return false, fault.Wrap(fault.Internal, err, "the CA's certificate does not parse")
+	}
+	return now.After(c.NotAfter), nil
 }
 
 // holds reports whether the CRL lists every entry. Entries that have expired since may still be listed.

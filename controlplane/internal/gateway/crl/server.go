@@ -1,15 +1,17 @@
 package crl
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"log/slog"
 	"net/http"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sync/singleflight"
 
 	"github.com/certmesh/certmesh/protocol/fault"
 )
@@ -32,12 +34,12 @@ type Server struct {
 	log   *slog.Logger
 
 	mu     sync.Mutex
-	copies map[string]copied
+	copies map[resource]copied
+	loads  singleflight.Group
 }
 
 type copied struct {
 	body          []byte
-	since         time.Time // Last-Modified
 	until         time.Time // nextUpdate, zero for certificates
 	read          time.Time
 	etag, content string
@@ -45,32 +47,50 @@ type copied struct {
 
 // NewServer returns a Server that reads from store.
 func NewServer(store Store, now func() time.Time, log *slog.Logger) *Server {
-	return &Server{store: store, now: now, log: log, copies: map[string]copied{}}
+	return &Server{store: store, now: now, log: log, copies: map[resource]copied{}}
 }
 
 // Handler returns the routes.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /.well-known/pki/crl/{issuer}/{shard}", func(w http.ResponseWriter, r *http.Request) {
-		s.serve(w, r, "crl/"+r.PathValue("issuer")+"/"+r.PathValue("shard"), s.loadCRL)
+		shard, err := strconv.Atoi(r.PathValue("shard"))
+		if err != nil || shard < 0 || strconv.Itoa(shard) != r.PathValue("shard") {
+			// One spelling a CRL, so that nobody fills the memory with copies of one.
+			notFound(w)
+			return
+		}
+		s.serve(w, r, resource{issuer: r.PathValue("issuer"), shard: shard}, s.loadCRL)
 	})
 	mux.HandleFunc("GET /.well-known/pki/crl/{issuer}", func(w http.ResponseWriter, r *http.Request) {
-		s.serve(w, r, "crl/"+r.PathValue("issuer")+"/"+strconv.Itoa(Shard), s.loadCRL)
+		s.serve(w, r, resource{issuer: r.PathValue("issuer"), shard: Shard}, s.loadCRL)
 	})
 	mux.HandleFunc("GET /.well-known/pki/ca/{issuer}", func(w http.ResponseWriter, r *http.Request) {
-		s.serve(w, r, "ca/"+r.PathValue("issuer"), s.loadCA)
+		s.serve(w, r, resource{issuer: r.PathValue("issuer"), shard: ofCA}, s.loadCA)
 	})
 	return mux
 }
 
-func (s *Server) serve(w http.ResponseWriter, r *http.Request, key string, load func(context.Context, string) (copied, error)) {
+// resource is what a URL names; shard is ofCA for a CA's certificate.
+type resource struct {
+	issuer string
+	shard  int
+}
+
+const ofCA = -1
+
+func (r resource) String() string { return r.issuer + "/" + strconv.Itoa(r.shard) }
+
+func notFound(w http.ResponseWriter) { http.Error(w, "no such issuer or CRL", http.StatusNotFound) }
+
+func (s *Server) serve(w http.ResponseWriter, r *http.Request, key resource, load loader) {
 	c, err := s.get(r.Context(), key, load)
 	switch {
 	case fault.Is(err, fault.NotFound), fault.Is(err, fault.Invalid):
-		http.Error(w, "no such issuer or CRL", http.StatusNotFound)
+		notFound(w)
 		return
 	case err != nil:
-		s.log.Error("cannot serve revocation data", "key", key, "error", err)
+		s.log.Error("cannot serve revocation data", "issuer", key.issuer, "shard", key.shard, "error", err)
 		w.Header().Set("Retry-After", "5")
 		http.Error(w, "revocation data is not available at the moment; try again", http.StatusServiceUnavailable)
 		return
@@ -84,11 +104,15 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, key string, load 
 	h.Set("Cache-Control", "public, max-age="+strconv.Itoa(age))
 	h.Set("ETag", c.etag)
 	h.Set("X-Content-Type-Options", "nosniff")
-	http.ServeContent(w, r, "", c.since, strings.NewReader(string(c.body)))
+	// No Last-Modified: two CRLs of one second would be one to whoever asks by time.
+	http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(c.body))
 }
 
-// get answers from memory while fresh, then from the store; when the store cannot answer, from the last good copy.
-func (s *Server) get(ctx context.Context, key string, load func(context.Context, string) (copied, error)) (copied, error) {
+type loader func(context.Context, resource) (copied, error)
+
+// get answers from memory while fresh, then from the store, which is asked once however many wait; when the store cannot
+// answer, from the last good copy.
+func (s *Server) get(ctx context.Context, key resource, load loader) (copied, error) {
 	now := s.now()
 	s.mu.Lock()
 	c, ok := s.copies[key]
@@ -96,43 +120,56 @@ func (s *Server) get(ctx context.Context, key string, load func(context.Context,
 	if ok && now.Sub(c.read) < fresh {
 		return c, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	got, err := load(ctx, key)
+	// What one client's request began serves all: it does not end with that client.
+	got, err, _ := s.loads.Do(key.String(), func() (any, error) {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		return s.load(ctx, key, now, load)
+	})
 	if err != nil {
 		if ok && !fault.Is(err, fault.NotFound) {
-			s.log.Warn("serving the last good copy of revocation data", "key", key, "error", err)
+			s.log.Warn("serving the last good copy of revocation data", "issuer", key.issuer, "shard", key.shard, "error", err)
 			return c, nil
 		}
+		return copied{}, err
+	}
+	c, ok = got.(copied)
+	if !ok {
+		return copied{}, fault.New(fault.Internal, "not a copy")
+	}
+	return c, nil
+}
+
+func (s *Server) load(ctx context.Context, key resource, now time.Time, load loader) (copied, error) {
+	got, err := load(ctx, key)
+	if err != nil {
 		return copied{}, err
 	}
 	sum := sha256.Sum256(got.body)
 	got.etag, got.read = `"`+hex.EncodeToString(sum[:16])+`"`, now
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.copies) < maxCached || ok {
+	if _, ok := s.copies[key]; ok || len(s.copies) < maxCached {
 		s.copies[key] = got
 	}
 	return got, nil
 }
 
-func (s *Server) loadCRL(ctx context.Context, key string) (copied, error) {
-	parts := strings.Split(key, "/")
-	shard, err := strconv.Atoi(parts[2])
-	if err != nil || shard < 0 {
-		return copied{}, fault.New(fault.NotFound, "no such CRL")
-	}
-	c, err := s.store.CRL(ctx, parts[1], shard)
+func (s *Server) loadCRL(ctx context.Context, key resource) (copied, error) {
+	c, err := s.store.CRL(ctx, key.issuer, key.shard)
 	if err != nil {
 		return copied{}, err
 	}
-	return copied{body: c.DER, since: c.ThisUpdate, until: c.NextUpdate, content: "application/pkix-crl"}, nil
+	return copied{body: c.DER, until: c.NextUpdate, content: "application/pkix-crl"}, nil
 }
 
-func (s *Server) loadCA(ctx context.Context, key string) (copied, error) {
-	ca, err := s.store.CA(ctx, strings.TrimPrefix(key, "ca/"))
+func (s *Server) loadCA(ctx context.Context, key resource) (copied, error) {
+	ca, err := s.store.CA(ctx, key.issuer)
 	if err != nil {
 		return copied{}, err
 	}
-	return copied{body: ca.Chain[0], since: ca.CreatedAt, content: "application/pkix-cert"}, nil
+	if len(ca.Chain) == 0 {
+		return copied{}, fault.New(fault.Internal, "CA %s has no certificate", key.issuer)
+	}
+	return copied{body: ca.Chain[0], content: "application/pkix-cert"}, nil
 }
