@@ -8,6 +8,7 @@ import (
 
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/renew"
+	"github.com/certmesh/certmesh/protocol/fault"
 )
 
 // Names of the duties, used by Trigger and in duty_fence.
@@ -105,7 +106,12 @@ func (d Deps) renewalCheck(ctx context.Context, f domain.Fence, now time.Time) (
 					AgentID: l.Leaf.AgentID, Reason: why.Reason})
 				continue
 			}
-			if err := d.Store.PostponeLeaf(ctx, f, l.Leaf.CertificateID, l.Leaf.AgentID, why.At); err != nil {
+			err := d.Store.PostponeLeaf(ctx, f, l.Leaf.CertificateID, l.Leaf.AgentID, why.At)
+			if fault.Is(err, fault.Conflict) {
+				// Either an operator's renewal was quicker, or the duty was lost: an empty batch of jobs tells.
+				_, err = d.Store.CreateLeafJobs(ctx, f, nil, d.op(RenewalCheck, now))
+			}
+			if err != nil {
 				return time.Time{}, fmt.Errorf("put off a leaf that is not due: %w", err)
 			}
 		}
@@ -117,7 +123,8 @@ func (d Deps) renewalCheck(ctx context.Context, f domain.Fence, now time.Time) (
 	return next.Leaf, err
 }
 
-// jobRetry makes deployment jobs for placements that do not hold what they should and whose back-off has passed.
+// jobRetry makes deployment jobs for placements that do not hold what they should and whose back-off has passed. All that
+// are due go to the store, also those that get no job: it decides in the same transaction when they are due again.
 func (d Deps) jobRetry(ctx context.Context, f domain.Fence, now time.Time) (time.Time, error) {
 	for shard := range domain.Shards {
 		due, err := d.Store.DuePlacements(ctx, shard, now, scan)
@@ -126,9 +133,6 @@ func (d Deps) jobRetry(ctx context.Context, f domain.Fence, now time.Time) (time
 		}
 		var jobs []domain.NewJob
 		for _, p := range due {
-			if p.OpenJob || !p.Enabled || p.Wanted == 0 {
-				continue
-			}
 			jobs = append(jobs, domain.NewJob{Kind: domain.JobDeployment, CertificateID: p.Placement.CertificateID,
 				AgentID: p.Placement.AgentID, TargetID: p.Placement.TargetID,
 				Reason: fmt.Sprintf("generation %d is wanted, %d is held", p.Wanted, p.Placement.InstalledGeneration)})
@@ -143,7 +147,8 @@ func (d Deps) jobRetry(ctx context.Context, f domain.Fence, now time.Time) (time
 
 type creator func(context.Context, domain.Fence, []domain.NewJob, domain.Op) ([]domain.NewJobOutcome, error)
 
-// create writes jobs in batches and, after each commit, wakes their agents.
+// create writes jobs in batches and, after each commit, wakes their agents. A Conflict about one job is a verdict, not a
+// failure: what was due when it was read is not any more. It must not pass for the loss of the duty.
 func (d Deps) create(ctx context.Context, f domain.Fence, jobs []domain.NewJob, op domain.Op, with creator) error {
 	var failed []error
 	for len(jobs) > 0 {
@@ -154,6 +159,9 @@ func (d Deps) create(ctx context.Context, f domain.Fence, jobs []domain.NewJob, 
 		}
 		for i, o := range outcomes {
 			switch {
+			case fault.Is(o.Err, fault.Conflict):
+				d.Log.Info("no job is needed", "kind", jobs[i].Kind, "certificate", jobs[i].CertificateID, "agent", jobs[i].AgentID,
+					"target", jobs[i].TargetID, "reason", o.Err)
 			case o.Err != nil:
 				failed = append(failed, fmt.Errorf("%s for %s: %w", jobs[i].Kind, jobs[i].CertificateID, o.Err))
 			case o.Created:
