@@ -34,7 +34,6 @@ import (
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/hub"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
-	"github.com/certmesh/certmesh/protocol/fault"
 	operatorpb "github.com/certmesh/certmesh/protocol/operator/v1"
 )
 
@@ -386,6 +385,5 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+// errPlain is what no caller may see a part of.
 var errPlain = fmt.Errorf("pq: relation \"secret_table\" does not exist at 10.1.2.3")
-
-func classed(c fault.Class) error { return fault.New(c, "a sentence for people") }

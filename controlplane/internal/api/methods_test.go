@@ -82,11 +82,7 @@ func eachMethod(t *testing.T, f func(t *testing.T, m method, good proto.Message)
 // call makes the call and returns its answer, of a stream the first message. A stream is left at once.
 func (m method) call(ctx context.Context, t testing.TB, conn *grpc.ClientConn, req proto.Message) (proto.Message, error) {
 	t.Helper()
-	typ, err := protoregistry.GlobalTypes.FindMessageByName(m.Output().FullName())
-	if err != nil {
-		t.Fatal(err)
-	}
-	answer := typ.New().Interface()
+	answer := m.newAnswer(t)
 	if !m.IsStreamingServer() {
 		return answer, conn.Invoke(ctx, m.name, req, answer)
 	}
@@ -102,4 +98,13 @@ func (m method) call(ctx context.Context, t testing.TB, conn *grpc.ClientConn, r
 	}
 	_ = s.CloseSend()
 	return answer, s.RecvMsg(answer)
+}
+
+func (m method) newAnswer(t testing.TB) proto.Message {
+	t.Helper()
+	typ, err := protoregistry.GlobalTypes.FindMessageByName(m.Output().FullName())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return typ.New().Interface()
 }
