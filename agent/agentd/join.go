@@ -50,8 +50,9 @@ func (a *agent) enrol(ctx context.Context, patient bool) error {
 			return a.life.dead()
 		case errors.As(err, &r):
 			return r.error
-		case fault.Is(err, fault.Rejected):
-			// Not the mesh that the token is for. One wrong address among several must not end the enrolment.
+		case !fault.MayRetry(err):
+			// Not the mesh that the token is for, or an answer that makes no sense. One wrong address among several must
+			// not end the enrolment.
 			if strangers[addr] = true; len(strangers) == len(a.cfg.Servers) {
 				return err
 			}
