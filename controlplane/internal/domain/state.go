@@ -23,6 +23,12 @@ const (
 	CertificateArchived          CertificateStatus = "Archived"          // no longer managed; kept for its history
 )
 
+// CertificateStatuses lists them all.
+var CertificateStatuses = []CertificateStatus{
+	CertificatePending, CertificateActive, CertificateExpiring, CertificateExpired, CertificateRenewalInProgress,
+	CertificateFailed, CertificateRevoked, CertificateArchived,
+}
+
 // JobKind is what a job does.
 type JobKind string
 
@@ -46,15 +52,11 @@ const (
 	JobCancelled        JobState = "Cancelled"
 )
 
+// OpenJobStates lists the states of jobs that are still to be finished.
+var OpenJobStates = []JobState{JobPending, JobAwaitingCSR, JobAwaitingApproval, JobRunning}
+
 // Open reports whether a job in state s is still to be finished.
-func (s JobState) Open() bool {
-	switch s {
-	case JobPending, JobAwaitingCSR, JobAwaitingApproval, JobRunning:
-		return true
-	default:
-		return false
-	}
-}
+func (s JobState) Open() bool { return slices.Contains(OpenJobStates, s) }
 
 // jobTransitions is the only list of legal moves of a job. A move from a state to itself is legal where a later
 // attempt starts over.
@@ -101,6 +103,9 @@ const (
 	AgentQuarantined AgentState = "Quarantined" // two machines use one identity; an operator must decide
 	AgentRetired     AgentState = "Retired"     // removed by an operator; its identity is revoked
 )
+
+// AgentStates lists them all.
+var AgentStates = []AgentState{AgentOnline, AgentStale, AgentOffline, AgentQuarantined, AgentRetired}
 
 var agentTransitions = map[AgentState][]AgentState{
 	AgentOffline:     {AgentOnline, AgentOffline, AgentQuarantined, AgentRetired},

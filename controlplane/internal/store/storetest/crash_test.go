@@ -3,55 +3,12 @@ package storetest
 import (
 	"errors"
 	"fmt"
-	"sync"
 	"testing"
 
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/controlplane/internal/store"
 )
-
-// cutter is a store.Faults under which the process dies at the at-th event from arm on: an event is a statement, the
-// moment before a commit, or the moment after it.
-type cutter struct {
-	mu     sync.Mutex
-	at     int
-	events int
-	dead   bool
-}
-
-func (c *cutter) arm(at int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.at, c.events, c.dead = at, 0, false
-}
-
-func (c *cutter) event() bool {
-	c.events++
-	c.dead = c.dead || c.at > 0 && c.events == c.at
-	return c.dead
-}
-
-func (c *cutter) Before(string, int) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.event() {
-		return store.ErrCut
-	}
-	return nil
-}
-
-func (c *cutter) Commit(string) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.event() {
-		return store.ErrCut
-	}
-	if c.event() {
-		return store.ErrCutAfterCommit
-	}
-	return nil
-}
 
 // drive takes an order to its end from whatever is stored, as a node does that has just started.
 func drive(w *World, s *store.Store, t *testing.T, a domain.Agent, n domain.NewCertificate) error {
@@ -110,13 +67,11 @@ func TestCutAnywhere(t *testing.T) {
 			at++
 			n := w.order(fmt.Sprintf("c%d.test", at), one.ID, two.ID)
 			n.RequestID = id.New(id.Request)
-			cut := &cutter{}
+			cut := &Cutter{}
 			s := e.OpenAt(t, w.DSN, func(c *store.Config) { c.Faults = cut })
-			cut.arm(at)
+			cut.Arm(at)
 			err := drive(w, s, t, a, n)
-			cut.mu.Lock()
-			done = !cut.dead
-			cut.mu.Unlock()
+			done = !cut.Dead()
 			if err != nil && (done || !errors.Is(err, store.ErrCut)) {
 				t.Fatalf("cut at %d: %v", at, err)
 			}

@@ -1,0 +1,49 @@
+package node
+
+import (
+	"context"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+)
+
+// nudgePause is the least time between two nudges: duties read a few indexes each time, which is nothing once a second
+// and would be a load after each of thousands of certificates.
+const nudgePause = time.Second
+
+// nudge makes the duties look again after something changed that may bring their next due time forward, such as a
+// certificate that lives for minutes. Requests coalesce.
+type nudge struct {
+	clk  clockwork.Clock
+	do   func()
+	wake chan struct{}
+}
+
+func newNudge(clk clockwork.Clock, do func()) *nudge {
+	return &nudge{clk: clk, do: do, wake: make(chan struct{}, 1)}
+}
+
+func (n *nudge) request() {
+	select {
+	case n.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (n *nudge) run(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-n.wake:
+		}
+		n.do()
+		t := n.clk.NewTimer(nudgePause)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.Chan():
+		}
+	}
+}

@@ -1,0 +1,156 @@
+package node
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+
+	"github.com/certmesh/certmesh/controlplane/internal/ca"
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/id"
+	"github.com/certmesh/certmesh/controlplane/internal/secret"
+	"github.com/certmesh/certmesh/controlplane/internal/store"
+	"github.com/certmesh/certmesh/protocol/fault"
+)
+
+type trustConfig struct {
+	Store       *store.Store
+	Ring        *secret.Keyring
+	Clock       clockwork.Clock
+	Log         *slog.Logger
+	NodeID      string
+	TrustDomain string
+	Names       []string
+	TTL         time.Duration
+}
+
+// trust is the mesh CA and this node's own identity below it. The identity's key lives in memory alone: a node that
+// starts makes a new one, so that there is nothing on its disk to steal.
+type trust struct {
+	trustConfig
+	mesh     *ca.Authority
+	identity atomic.Pointer[tls.Certificate]
+	roots    atomic.Pointer[x509.CertPool]
+}
+
+// openTrust opens the mesh CA, or makes it at the cluster's first start, and issues this node's identity.
+func openTrust(ctx context.Context, c trustConfig) (*trust, error) {
+	t := &trust{trustConfig: c}
+	material, err := c.Store.CA(ctx, domain.MeshCA)
+	if fault.Is(err, fault.NotFound) {
+		material, err = t.firstStart(ctx)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the mesh CA: %w", err)
+	}
+	keys := func(id string) (domain.SealedKey, error) { return c.Store.SealedKey(ctx, id) }
+	if t.mesh, err = ca.Open(material, keys, c.Ring); err != nil {
+		return nil, fmt.Errorf("open the mesh CA: %w", err)
+	}
+	if td := t.mesh.TrustDomain(); td != c.TrustDomain {
+		return nil, fault.InvalidField("mesh.trust_domain", "is %q, but the mesh CA in this store is of %q, which cannot change once it exists: set CERTMESH_TRUST_DOMAIN=%s", c.TrustDomain, td, td)
+	}
+	if err := t.loadRoots(ctx); err != nil {
+		return nil, err
+	}
+	return t, t.renew()
+}
+
+// firstStart makes the mesh CA. Of nodes that start together the first one's is kept.
+func (t *trust) firstStart(ctx context.Context) (domain.CA, error) {
+	m, err := ca.NewMesh(t.TrustDomain, ca.Params{Now: t.Clock.Now()}, t.Ring)
+	if err != nil {
+		return domain.CA{}, err
+	}
+	return t.Store.InstallCA(ctx, m.CA, m.Keys, m.Roots(),
+		domain.Op{Actor: "node:" + t.NodeID, RequestID: id.New(id.Request), At: domain.Micro(t.Clock.Now())})
+}
+
+func (t *trust) loadRoots(ctx context.Context) error {
+	version, roots, err := t.Store.TrustBundle(ctx)
+	if err != nil {
+		return fmt.Errorf("read the trust bundle: %w", err)
+	}
+	pool, err := ca.Bundle{Version: version, Roots: roots}.Pool()
+	if err != nil {
+		return err
+	}
+	t.roots.Store(pool)
+	return nil
+}
+
+// renew gives this node a new key and identity.
+func (t *trust) renew() error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return fault.Wrap(fault.Internal, err, "make this node's key")
+	}
+	r := ca.IdentityRequest{PublicKey: key.Public(), Kind: ca.KindNode, ID: t.NodeID, TTL: t.TTL, Now: t.Clock.Now()}
+	for _, n := range t.Names {
+		if net.ParseIP(n) != nil {
+			r.IP = append(r.IP, n)
+		} else {
+			r.DNS = append(r.DNS, n)
+		}
+	}
+	p, err := t.mesh.PrepareIdentity(r)
+	if err != nil {
+		return fmt.Errorf("this node's identity: %w", err)
+	}
+	der, err := t.mesh.Sign(p.TBS())
+	if err != nil {
+		return fmt.Errorf("sign this node's identity: %w", err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return fault.Wrap(fault.Internal, err, "this node's identity does not parse")
+	}
+	// The root goes along: a host or an operator who holds nothing but its fingerprint finds it there.
+	chain := append([][]byte{der}, t.mesh.Chain()...)
+	chain = append(chain, t.mesh.Root().Raw)
+	t.identity.Store(&tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf})
+	return nil
+}
+
+// keep renews the identity at half of its validity until ctx ends.
+func (t *trust) keep(ctx context.Context) {
+	for {
+		leaf := t.identity.Load().Leaf
+		wait := leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2).Sub(t.Clock.Now())
+		timer := t.Clock.NewTimer(max(wait, time.Second))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.Chan():
+		}
+		if err := t.renew(); err != nil {
+			t.Log.Error("this node's identity was not renewed; it will be tried again", "error", err, "not_after", leaf.NotAfter)
+		}
+	}
+}
+
+func (t *trust) certificate() *tls.Certificate { return t.identity.Load() }
+
+func (t *trust) pool() *x509.CertPool { return t.roots.Load() }
+
+// server is the TLS configuration of the listeners for operators: clients show an API key, not a certificate.
+func (t *trust) server(protocols ...string) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13,
+		NextProtos: protocols,
+		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return t.certificate(), nil
+		},
+	}
+}
