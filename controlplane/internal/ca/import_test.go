@@ -139,8 +139,7 @@ func TestBadSubCAsAreRefusedByField(t *testing.T) {
 }
 
 func fieldOf(err error) string {
-	var f *fault.Error
-	if errors.As(err, &f) {
+	if f, ok := errors.AsType[*fault.Error](err); ok {
 		return f.Field
 	}
 	return ""

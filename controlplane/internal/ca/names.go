@@ -180,7 +180,7 @@ func emailAddress(s string) (string, string) {
 	}
 	for atom := range strings.SplitSeq(local, ".") {
 		if atom == "" || strings.ContainsFunc(atom, func(r rune) bool {
-			return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("!#$%&'*+-/=?^_`{|}~", r))
+			return !isAtomText(r)
 		}) {
 			return "", "is not an e-mail address, e.g. anna@example.com"
 		}
@@ -190,6 +190,11 @@ func emailAddress(s string) (string, string) {
 		return "", "is not an e-mail address: what follows @ is not a domain"
 	}
 	return local + "@" + domain, ""
+}
+
+// isAtomText is atext of RFC 5322 section 3.2.3.
+func isAtomText(r rune) bool {
+	return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("!#$%&'*+-/=?^_`{|}~", r)
 }
 
 // absoluteURI checks RFC 5280 section 4.2.1.6: an absolute URI, and where it has an authority, one with a host.

@@ -9,6 +9,7 @@ package duty
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -126,7 +127,7 @@ func (r *Runner) Start() {
 		return
 	}
 	r.started = true
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.Background()) //nolint:forbidigo // duties end by Stop, not with whoever started them
 	r.stop = cancel
 	for _, l := range r.loops {
 		r.done.Go(func() { r.run(ctx, l) })
@@ -209,11 +210,11 @@ func (r *Runner) once(ctx context.Context, l *loop) time.Time {
 		outcome, next = "lost", time.Time{}
 		l.fence = domain.Fence{}
 		r.cfg.Log.Info("duty is held elsewhere", "duty", l.Name, "error", err)
-	case ctx.Err() != nil && context.Cause(ctx) == context.Canceled:
+	case ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled):
 		return time.Time{}
 	default:
 		outcome = "error"
-		if _, ok := err.(*panicked); ok {
+		if p := (*panicked)(nil); errors.As(err, &p) {
 			outcome = "panic"
 		}
 		r.cfg.Log.Error("duty failed", "duty", l.Name, "error", err)

@@ -174,13 +174,13 @@ func (p *Pipeline) issue(ctx context.Context, r Request) (out Outcome, repeated 
 	if err != nil {
 		return Outcome{}, false, err
 	}
-	version := domain.Version{}
-	if recorded.Issued != nil {
-		version = *recorded.Issued
-	} else if version, err = p.sign(ctx, r.Work, recorded.Intent, csr.KeyAlgorithm); err != nil {
-		return Outcome{}, false, err
+	version := recorded.Issued
+	if version == nil {
+		if version, err = p.sign(ctx, r.Work, recorded.Intent, csr.KeyAlgorithm); err != nil {
+			return Outcome{}, false, err
+		}
 	}
-	done, err := p.record(ctx, r, recorded.Intent, version)
+	done, err := p.record(ctx, r, recorded.Intent, *version)
 	if err != nil {
 		return Outcome{}, false, err
 	}
@@ -240,10 +240,10 @@ func (p *Pipeline) prepare(ctx context.Context, a Authority, w domain.Work, csr 
 
 // sign signs the intent's bytes, with the CA that they were prepared for, and makes sure that the result is what the
 // intent says.
-func (p *Pipeline) sign(ctx context.Context, w domain.Work, in domain.Intent, alg domain.KeyAlgorithm) (domain.Version, error) {
+func (p *Pipeline) sign(ctx context.Context, w domain.Work, in domain.Intent, alg domain.KeyAlgorithm) (*domain.Version, error) {
 	authority, err := p.cfg.Authority(ctx, in.IssuerID)
 	if err != nil {
-		return domain.Version{}, fmt.Errorf("open issuer %s: %w", in.IssuerID, err)
+		return nil, fmt.Errorf("open issuer %s: %w", in.IssuerID, err)
 	}
 	var der []byte
 	err = p.permitted(ctx, w, in.IssuerID, func(ctx context.Context) error {
@@ -256,16 +256,16 @@ func (p *Pipeline) sign(ctx context.Context, w domain.Work, in domain.Intent, al
 		return err
 	})
 	if err != nil {
-		return domain.Version{}, fmt.Errorf("sign intent %s: %w", in.ID, err)
+		return nil, fmt.Errorf("sign intent %s: %w", in.ID, err)
 	}
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
-		return domain.Version{}, fault.Wrap(fault.Internal, err, "the certificate signed for intent %s does not parse", in.ID)
+		return nil, fault.Wrap(fault.Internal, err, "the certificate signed for intent %s does not parse", in.ID)
 	}
 	if ca.SerialText(cert.SerialNumber) != in.Serial || domain.HashHex(cert.RawSubjectPublicKeyInfo) != in.SPKI {
-		return domain.Version{}, fault.New(fault.Internal, "the certificate signed for intent %s is not the one it describes", in.ID)
+		return nil, fault.New(fault.Internal, "the certificate signed for intent %s is not the one it describes", in.ID)
 	}
-	return domain.Version{
+	return &domain.Version{
 		IssuerID: in.IssuerID, Serial: in.Serial, CertificateID: in.CertificateID, AgentID: in.AgentID, Generation: in.Generation,
 		DER: der, Chain: authority.Chain(), Fingerprint: domain.HashHex(der), SPKI: in.SPKI, KeyAlgorithm: alg,
 		NotBefore: cert.NotBefore.UTC(), NotAfter: cert.NotAfter.UTC(), CreatedAt: domain.Micro(p.cfg.Clock.Now()),

@@ -280,7 +280,7 @@ func FuzzOpen(f *testing.F) {
 	f.Fuzz(func(t *testing.T, wrapped, text []byte) {
 		c := s
 		c.WrappedDEK, c.Ciphertext = wrapped, text
-		if _, err := k.Open(c); err == nil && !(bytes.Equal(wrapped, s.WrappedDEK) && bytes.Equal(text, s.Ciphertext)) {
+		if _, err := k.Open(c); err == nil && (!bytes.Equal(wrapped, s.WrappedDEK) || !bytes.Equal(text, s.Ciphertext)) {
 			t.Fatal("a forged row opened")
 		}
 	})

@@ -30,7 +30,7 @@ func LoadFile(path string) (*Keyring, error) {
 	case err != nil:
 		return nil, fault.Wrap(fault.Invalid, err, "read the key-encryption key")
 	}
-	defer f.Close()
+	defer func() { _ = f.Close() }() // only read
 	info, err := f.Stat()
 	if err != nil {
 		return nil, fault.Wrap(fault.Invalid, err, "read the key-encryption key")
@@ -110,7 +110,7 @@ func create(path string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(tmp.Name())
+	defer func() { _ = os.Remove(tmp.Name()) }() // the key is at path, or nowhere
 	_, err = tmp.WriteString(base64.StdEncoding.EncodeToString(key) + "\n")
 	if err = errors.Join(err, tmp.Sync(), tmp.Close()); err != nil {
 		return err

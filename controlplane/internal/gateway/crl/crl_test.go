@@ -185,7 +185,13 @@ func (w *world) list(id string) *x509.RevocationList {
 	return l
 }
 
-func (w *world) get(path string, header ...string) (*http.Response, []byte) {
+// answer is a response whose body was read.
+type answer struct {
+	StatusCode int
+	Header     http.Header
+}
+
+func (w *world) get(path string, header ...string) (answer, []byte) {
 	w.t.Helper()
 	r, err := http.NewRequestWithContext(w.t.Context(), http.MethodGet, w.server.URL+path, nil)
 	if err != nil {
@@ -203,7 +209,7 @@ func (w *world) get(path string, header ...string) (*http.Response, []byte) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	return resp, body
+	return answer{resp.StatusCode, resp.Header}, body
 }
 
 func TestBuiltWhenDueAndNotBefore(t *testing.T) {
