@@ -122,7 +122,8 @@ type LocalCA struct {
 
 // Issuers makes CAs; nothing is stored by it.
 type Issuers interface {
-	// CreateLocal returns what is to be stored of a new local CA. Errors: Invalid with the request's field names.
+	// CreateLocal returns what is to be stored of a new local CA. Errors: Invalid with the field names
+	// of ca or of the request.
 	CreateLocal(ctx context.Context, r LocalCA) (domain.Issuer, domain.CA, []domain.SealedKey, error)
 }
 
@@ -156,7 +157,8 @@ type Config struct {
 	Log         *slog.Logger
 	Node        Node
 	Duties      func() []DutyStatus
-	// Revoked is called after certificates of an issuer were revoked, so that its CRL is built anew. Optional.
+	// Revoked is called after certificates of an issuer were revoked, and after an issuer was made, so that its CRL is
+	// built anew. Optional.
 	Revoked func(issuerID string)
 	// Metrics may be nil.
 	Metrics prometheus.Registerer

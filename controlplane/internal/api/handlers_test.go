@@ -315,6 +315,21 @@ func TestIssuersAPI(t *testing.T) {
 	r.issuers.err = func(LocalCA) error { return fault.InvalidField("ca_certificate_pem", "has expired") }
 	_, err = r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local", CaCertificatePem: "a", CaKeyPem: "b"})
 	wantField(t, err, "ca_certificate_pem", "has expired")
+	for field, want := range map[string]string{"certificates": "ca_certificate_pem", "key": "ca_key_pem", "password": "ca_key_pem", "name": "name", "key_algorithm": "key_algorithm"} {
+		r.issuers.err = func(LocalCA) error { return fault.InvalidField(field, "is wrong") }
+		_, err = r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local"})
+		wantField(t, err, want, "is wrong")
+	}
+	r.issuers.err = func(LocalCA) error { return fault.InvalidField("name", "is wrong") }
+	_, err = r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local", CommonName: "X"})
+	wantField(t, err, "common_name", "is wrong")
+	wantList(t, "CRLs built for what was not made", r.crls, nil)
+	r.issuers.err = nil
+	made, err := r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantList(t, "CRLs built", r.crls, []string{made.GetIssuer().GetId()})
 	profiles, err := r.issuing().ListProfiles(ctx, &operatorpb.ListProfilesRequest{})
 	if p := profiles.GetProfiles(); err != nil || len(p) != 6 || p[0].GetTtl().AsDuration() != 47*24*time.Hour || p[0].GetMaxTtl().AsDuration() != 398*24*time.Hour ||
 		p[0].GetEkus()[0] != "serverAuth" || p[0].GetKeyAlgorithm() != "ECDSA-P256" || len(p[0].GetAllowedKeyAlgorithms()) != len(domain.KeyAlgorithms) {

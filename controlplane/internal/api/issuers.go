@@ -50,10 +50,14 @@ func (a issuers) CreateIssuer(ctx context.Context, r *operatorpb.CreateIssuerReq
 		CertificatePEM: r.GetCaCertificatePem(), KeyPEM: r.GetCaKeyPem(),
 	})
 	if err != nil {
-		return nil, withoutKey(err, r.GetCaKeyPem())
+		return nil, withoutKey(renamed(err, func(field string) string { return issuerField(field, r) }), r.GetCaKeyPem())
 	}
 	if err := a.Store.CreateIssuer(ctx, i, ca, keys, a.op(ctx)); err != nil {
 		return nil, err
+	}
+	// The first CRL is there before the first certificate points to it.
+	if a.Revoked != nil {
+		a.Revoked(i.ID)
 	}
 	a.Hub.Publish(hub.Notice{Kind: hub.Issuers, ID: i.ID})
 	return &operatorpb.CreateIssuerResponse{Issuer: issuerPB(i, ca)}, nil
@@ -78,6 +82,22 @@ func issuerPB(i domain.Issuer, ca domain.CA) *operatorpb.Issuer {
 		}
 	}
 	return out
+}
+
+// issuerField translates the fields by which ca names what a CA is made from to the request's. The subject comes from
+// the common name where one is given.
+func issuerField(field string, r *operatorpb.CreateIssuerRequest) string {
+	switch field {
+	case "certificates":
+		return "ca_certificate_pem"
+	case "key", "password":
+		return "ca_key_pem"
+	case "name":
+		if r.GetCommonName() != "" {
+			return "common_name"
+		}
+	}
+	return field
 }
 
 // withoutKey makes sure that no error carries a part of the CA's private key to the log or the caller, whatever the
