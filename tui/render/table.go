@@ -74,6 +74,10 @@ func (p *Page) Table(header []string, rows [][]string) {
 		widths[j] = max(widths[j], width(header[j]))
 	}
 	write := func(row []string, paint bool) {
+		end := last
+		for end > 0 && row[end] == "" {
+			end--
+		}
 		for j, cell := range row {
 			if widths[j] == 0 {
 				continue
@@ -83,7 +87,7 @@ func (p *Page) Table(header []string, rows [][]string) {
 				text = p.paint(cell, cell)
 			}
 			p.b.WriteString(text)
-			if j == last {
+			if j >= end {
 				break
 			}
 			p.b.WriteString(strings.Repeat(" ", widths[j]-width(cell)+2))
