@@ -411,3 +411,8 @@ func contains(t testing.TB, text string, want ...string) {
 		}
 	}
 }
+
+// keyOf is the public key of a certificate.
+func keyOf(der []byte) string {
+	return string(must(x509.ParseCertificate(der)).RawSubjectPublicKeyInfo)
+}

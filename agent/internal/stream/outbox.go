@@ -10,6 +10,10 @@ import (
 // after a reconnect, each with at most Accepted, four Progress, Csr or Result and Credit; beyond that the server does not read.
 const maxQueue = 4096
 
+// maxBox bounds the keys of the box: an agent keeps a few hundred states, and answers at most one message each. A
+// server that sends more names than that and reads no answers is given up.
+const maxBox = 1024
+
 // Outbox holds what one stream has still to send: a box where the latest message of a key wins (answers to states,
 // beats), and a FIFO where nothing is merged or left out (work). Nothing in it blocks. It ends with its stream: what
 // must not be lost is in the journal and is sent again on the next one.
@@ -58,7 +62,11 @@ func (o *Outbox) Latest(key string, m *agentpb.ConnectRequest) {
 			return
 		}
 	}
-	o.box = append(o.box, boxed{key, m})
+	if len(o.box) >= maxBox {
+		o.full = true
+	} else {
+		o.box = append(o.box, boxed{key, m})
+	}
 	o.signal()
 }
 

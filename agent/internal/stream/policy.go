@@ -84,6 +84,10 @@ func (r Route) Next(b Backoff, now time.Time, e End, rnd func() float64) (Route,
 	if e.Known != nil {
 		r.Known = slices.Clone(e.Known)
 	}
+	if !e.Welcomed.IsZero() {
+		// A Move has had its effect; what else it named is of no interest any more.
+		r.Prefer = nil
+	}
 	stable := !e.Welcomed.IsZero() && now.Sub(e.Welcomed) >= b.Stable
 	if stable || e.Left {
 		r.Failures, r.Since = 0, time.Time{}

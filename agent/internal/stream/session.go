@@ -268,7 +268,7 @@ func (s *Session) sendAll(ctx context.Context, st agentpb.AgentService_ConnectCl
 		m, done, full := s.out.next()
 		switch {
 		case full:
-			s.cancel(fault.New(fault.Exhausted, "the server does not read: %d messages are waiting", maxQueue))
+			s.cancel(fault.New(fault.Exhausted, "the server does not read: more messages are waiting than this agent keeps"))
 			return
 		case m != nil:
 			if err := s.send(st, m); err != nil {
