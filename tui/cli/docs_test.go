@@ -83,7 +83,9 @@ func walk(cmd *cobra.Command, f func(*cobra.Command)) {
 	}
 }
 
-func fileOf(cmd *cobra.Command) string { return strings.ReplaceAll(cmd.CommandPath(), " ", "-") + ".md" }
+func fileOf(cmd *cobra.Command) string {
+	return strings.ReplaceAll(cmd.CommandPath(), " ", "-") + ".md"
+}
 
 // pages are the Markdown pages by file name.
 func pages(root *cobra.Command) map[string]string {

@@ -15,23 +15,31 @@ import (
 // JSON is m with the names of the protocol and zero values present, in the order of the fields, always in the same
 // bytes. Characters that a terminal would act on are escaped, so that nothing is lost and nothing happens.
 func JSON(m proto.Message) ([]byte, error) {
-	raw, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
+	doc, err := document(m)
 	if err != nil {
 		return nil, fmt.Errorf("the answer cannot be written as JSON: %w", err)
 	}
-	var b bytes.Buffer
-	// protojson varies its blanks on purpose; indenting anew makes them the same.
-	if err := json.Indent(&b, raw, "", "  "); err != nil {
-		return nil, fmt.Errorf("the answer cannot be written as JSON: %w", err)
-	}
-	b.WriteByte('\n')
-	return escape(b.Bytes(), func(r rune) string {
+	return escape(doc, func(r rune) string {
 		s := ""
 		for _, u := range utf16.Encode([]rune{r}) {
 			s += fmt.Sprintf(`\u%04x`, u)
 		}
 		return s
 	}), nil
+}
+
+func document(m proto.Message) ([]byte, error) {
+	raw, err := protojson.MarshalOptions{UseProtoNames: true, EmitUnpopulated: true}.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	// protojson varies its blanks on purpose; indenting anew makes them the same.
+	if err := json.Indent(&b, raw, "", "  "); err != nil {
+		return nil, err
+	}
+	b.WriteByte('\n')
+	return b.Bytes(), nil
 }
 
 // escape replaces unsafe characters. Both notations have them inside of quoted strings only, but for line breaks.
@@ -54,17 +62,13 @@ func escaped(r rune) bool { return r != '\n' && unsafe(r) }
 
 // YAML is the tree of JSON, in YAML.
 func YAML(m proto.Message) ([]byte, error) {
-	doc, err := JSON(m)
+	doc, err := document(m)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("the answer cannot be written as YAML: %w", err)
 	}
-	return yamlOf(doc)
-}
-
-// yamlOf rewrites a JSON document. JSON is YAML already; only its style changes, so the order stays.
-func yamlOf(doc []byte) ([]byte, error) {
+	// JSON is YAML already, but for its pairs of escapes beyond 16 bits; only the style changes, so the order stays.
 	var root yaml.Node
-	if err := yaml.Unmarshal(doc, &root); err != nil {
+	if err := yaml.Unmarshal(escape(doc, yamlEscape), &root); err != nil {
 		return nil, fmt.Errorf("the answer cannot be written as YAML: %w", err)
 	}
 	restyle(&root)
@@ -74,8 +78,10 @@ func yamlOf(doc []byte) ([]byte, error) {
 	if err := e.Encode(&root); err != nil {
 		return nil, fmt.Errorf("the answer cannot be written as YAML: %w", err)
 	}
-	return escape(b.Bytes(), func(r rune) string { return fmt.Sprintf(`\U%08x`, r) }), nil
+	return escape(b.Bytes(), yamlEscape), nil
 }
+
+func yamlEscape(r rune) string { return fmt.Sprintf(`\U%08x`, r) }
 
 func restyle(n *yaml.Node) {
 	empty := len(n.Content) == 0 && (n.Kind == yaml.MappingNode || n.Kind == yaml.SequenceNode)

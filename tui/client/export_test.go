@@ -1,0 +1,4 @@
+package client
+
+// ServiceConfig is what a test compares with the protocol.
+const ServiceConfig = serviceConfig
