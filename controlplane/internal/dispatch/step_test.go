@@ -397,8 +397,6 @@ func TestSnapshotOlderThanItsAnswer(t *testing.T) {
 	w.step(Woken{At: w.now}) // the load is out, with the old snapshot
 	w.works(w.journal[j.ID], true)
 	w.serverTakes()
-	load := w.pending[0]
-	_ = load
 	w.answer(1, false) // completed meanwhile
 	w.pending = nil
 	w.step(Loaded{Work: old, At: w.now})
@@ -409,8 +407,6 @@ func TestSnapshotOlderThanItsAnswer(t *testing.T) {
 	w.step(Woken{At: w.now})
 	w.pending = nil
 	d := w.create(domain.JobDeployment)
-	s, _ := Step(w.state, Issued{})
-	w.state = s
 	m := machine{State: w.state, at: w.now}
 	m.merge(domain.Work{Job: d})
 	w.state = m.State

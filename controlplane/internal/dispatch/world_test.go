@@ -425,6 +425,11 @@ func (w *world) quiet() {
 	if waits, out := w.state.Counts(); waits+out > 0 {
 		w.fail("%d jobs wait and %d are out, none is open", waits, out)
 	}
+	for c, n := range w.state.Credits() {
+		if n != w.granted[c]-w.sent[c] {
+			w.fail("%d %s credits are left of %d, after %d assignments", n, Class(c), w.granted[c], w.sent[c])
+		}
+	}
 	if len(w.state.asks) > 0 {
 		w.fail("%d reports are still asked about", len(w.state.asks))
 	}

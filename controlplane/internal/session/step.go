@@ -478,7 +478,8 @@ func (m *machine) push(all []Resource) {
 			continue
 		}
 		if have, _ := m.latest(v.key); !have.removed {
-			m.send(version{key: v.key, number: have.number + 1, removed: true}, nil)
+			no, _ := lookup(m.refused, v.key)
+			m.send(version{key: v.key, number: max(have.number, no.number) + 1, removed: true}, nil)
 		}
 	}
 }
