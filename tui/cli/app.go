@@ -34,8 +34,9 @@ type App struct {
 	Version string
 	// Terminal says whether Out is one: it is cleared and painted, otherwise printed to again.
 	Terminal bool
-	// ReadSecret asks for a line without showing it; nil: In is no terminal and is simply read.
-	ReadSecret func() (string, error)
+	// ReadSecret calls prompt once nothing that is typed shows any more, and reads a line; nil: In is no terminal and is
+	// simply read.
+	ReadSecret func(prompt func()) (string, error)
 
 	flags struct {
 		server, config, format string

@@ -114,7 +114,7 @@ func (a *App) certsRevoke() *cobra.Command {
 	req := &operatorpb.RevokeCertificateRequest{}
 	cmd := &cobra.Command{
 		Use:   "revoke NAME|ID",
-		Short: "Revoke a certificate's current leaves",
+		Short: "Revoke what was issued of a certificate",
 		Long: `Revokes what is issued of a certificate; the CRL carries it within seconds, and the certificate is not renewed any
 more. To serve on, order it anew under another name.`,
 		Example:           `  certmesh certs revoke web --reason keyCompromise`,

@@ -60,7 +60,7 @@ func TestHelpIsComplete(t *testing.T) {
 		if !strings.Contains(cmd.Example, cmd.CommandPath()) {
 			t.Errorf("%s has no example that calls it", cmd.CommandPath())
 		}
-		for _, line := range strings.Split(cmd.Long, "\n") {
+		for line := range strings.SplitSeq(cmd.Long, "\n") {
 			if len([]rune(line)) > 124 {
 				t.Errorf("%s: a line of the help is too long: %s", cmd.CommandPath(), line)
 			}

@@ -51,7 +51,7 @@ func (p *pageFlags) page() *operatorpb.Page {
 	if p.all && !p.cmd.Flags().Changed("page-size") {
 		size = bigPage
 	}
-	return &operatorpb.Page{Size: int32(size), Cursor: p.cursor} //nolint:gosec // 1 to 1000
+	return &operatorpb.Page{Size: int32(size), Cursor: p.cursor}
 }
 
 // more tells a person how to go on.

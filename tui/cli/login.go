@@ -134,8 +134,7 @@ func (a *App) askKey(ctx context.Context) (client.Key, error) {
 	if text == "" {
 		var err error
 		if a.ReadSecret != nil {
-			fmt.Fprint(a.Err, "API key: ")
-			text, err = a.ReadSecret()
+			text, err = a.ReadSecret(func() { fmt.Fprint(a.Err, "API key: ") })
 			fmt.Fprintln(a.Err)
 		} else {
 			text, err = readLine(ctx, a.In)

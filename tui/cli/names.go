@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"maps"
 	"regexp"
 	"sync"
 
@@ -55,11 +56,7 @@ func (n *namer) names(ctx context.Context, ids map[kind][]string) render.Names {
 	_ = group.Wait() // none of them fails
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	out := make(render.Names, len(n.known))
-	for id, name := range n.known {
-		out[id] = name
-	}
-	return out
+	return maps.Clone(n.known)
 }
 
 // kind is a kind of resource that has a name.

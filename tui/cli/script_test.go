@@ -48,7 +48,7 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", UpdateScripts: *update, RequireExplicitExec: true,
 		Setup: func(e *testscript.Env) error {
-			s, err := operatortest.New()
+			s, err := operatortest.New(context.Background())
 			if err != nil {
 				return err
 			}
@@ -63,7 +63,7 @@ func TestScripts(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(e.WorkDir, "ca.pem"), []byte(s.CA), 0o600); err != nil {
 				return err
 			}
-			other, err := operatortest.New()
+			other, err := operatortest.New(context.Background())
 			if err != nil {
 				return err
 			}

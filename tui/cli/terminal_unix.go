@@ -15,9 +15,9 @@ func IsTerminal(f *os.File) bool {
 	return err == nil
 }
 
-// ReadSecret reads a line from a terminal without showing it. When ctx ends first, the echo is put back and the read is
+// ReadSecret prompts for a line and reads it from a terminal without showing it. When ctx ends first, the echo is put back and the read is
 // left behind: the process is about to end.
-func ReadSecret(ctx context.Context, f *os.File) (string, error) {
+func ReadSecret(ctx context.Context, f *os.File, prompt func()) (string, error) {
 	fd := int(f.Fd())
 	before, err := unix.IoctlGetTermios(fd, getTermios)
 	if err != nil {
@@ -31,5 +31,7 @@ func ReadSecret(ctx context.Context, f *os.File) (string, error) {
 		return "", err
 	}
 	defer func() { _ = unix.IoctlSetTermios(fd, setTermios, before) }() // nothing else can be done about it
+	// Only now: what is typed at once must not be shown either.
+	prompt()
 	return readLine(ctx, f)
 }

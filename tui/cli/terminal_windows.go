@@ -13,9 +13,9 @@ func IsTerminal(f *os.File) bool {
 	return windows.GetConsoleMode(windows.Handle(f.Fd()), &mode) == nil
 }
 
-// ReadSecret reads a line from a console without showing it. When ctx ends first, the echo is put back and the read is
+// ReadSecret prompts for a line and reads it from a console without showing it. When ctx ends first, the echo is put back and the read is
 // left behind: the process is about to end.
-func ReadSecret(ctx context.Context, f *os.File) (string, error) {
+func ReadSecret(ctx context.Context, f *os.File, prompt func()) (string, error) {
 	h := windows.Handle(f.Fd())
 	var before uint32
 	if err := windows.GetConsoleMode(h, &before); err != nil {
@@ -26,5 +26,7 @@ func ReadSecret(ctx context.Context, f *os.File) (string, error) {
 		return "", err
 	}
 	defer func() { _ = windows.SetConsoleMode(h, before) }() // nothing else can be done about it
+	// Only now: what is typed at once must not be shown either.
+	prompt()
 	return readLine(ctx, f)
 }

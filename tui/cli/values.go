@@ -39,8 +39,8 @@ func (s *span) String() string {
 
 func (s *span) Set(text string) error {
 	if days, found := strings.CutSuffix(text, "d"); found {
-		n, err := strconv.ParseUint(days, 10, 16)
-		if err != nil {
+		n, err := strconv.Atoi(days)
+		if err != nil || n < 0 || n > 100_000 {
 			return errors.New("give a duration such as 90s, 15m, 12h or 7d")
 		}
 		*s.d = time.Duration(n) * 24 * time.Hour
@@ -76,8 +76,7 @@ func readFile(flag, path string) (string, error) {
 
 // cause is an error of the file system without the name of the system call.
 func cause(err error) string {
-	var p *os.PathError
-	if errors.As(err, &p) {
+	if p, isPath := errors.AsType[*os.PathError](err); isPath {
 		return fmt.Sprintf("%s: %s", p.Path, p.Err)
 	}
 	return err.Error()

@@ -229,7 +229,7 @@ func TestSecretIsAskedForUnseen(t *testing.T) {
 	var out, errs bytes.Buffer
 	app := &cli.App{
 		In: strings.NewReader(""), Out: &out, Err: &errs, Clock: newStill(), Version: "v", Env: func(string) string { return "" },
-		ReadSecret: func() (string, error) { return operatortest.Key + "\r\n", nil },
+		ReadSecret: func(prompt func()) (string, error) { prompt(); return operatortest.Key + "\r\n", nil },
 	}
 	code := app.Run(t.Context(), []string{"login", "--server", s.Address, "--ca-fingerprint", client.Fingerprint(s.Root), "--config", path})
 	if code != 0 || !strings.HasPrefix(errs.String(), "API key: \n") || strings.Contains(out.String()+errs.String(), operatortest.Key) {

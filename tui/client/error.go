@@ -78,8 +78,7 @@ func (c *Client) describe(err error) error {
 	if info == nil {
 		// gRPC itself speaks; of a connection that failed we know better why.
 		if trouble := c.lastTrouble(); trouble != nil && (out.Code == codes.Unavailable || out.Code == codes.DeadlineExceeded) {
-			var d *distrust
-			if errors.As(trouble, &d) {
+			if d, known := errors.AsType[*distrust](trouble); known {
 				out.Message, out.Next = d.message, d.next
 				return out
 			}

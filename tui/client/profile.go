@@ -113,7 +113,7 @@ func quote(path string) string {
 
 // Save writes the profile with mode 0600, whole or not at all; a directory that is missing is made with mode 0700.
 func (p Profile) Save(path string) (err error) {
-	data, err := yaml.Marshal(p)
+	data, err := yaml.Marshal(p) //nolint:gosec // the key belongs into the profile, which is the owner's alone
 	if err != nil {
 		return fmt.Errorf("the profile cannot be encoded: %w", err)
 	}

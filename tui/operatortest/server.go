@@ -60,7 +60,7 @@ type Call struct {
 // Start runs a server until the test ends.
 func Start(t testing.TB) *Server {
 	t.Helper()
-	s, err := New()
+	s, err := New(t.Context())
 	if err != nil {
 		t.Fatalf("start the stand-in: %v", err)
 	}
@@ -69,14 +69,14 @@ func Start(t testing.TB) *Server {
 }
 
 // New runs a server; Stop it.
-func New() (*Server, error) {
+func New(ctx context.Context) (*Server, error) {
 	s := &Server{data: Seed(), failures: map[string][]*status.Status{}, watchers: map[chan *operatorpb.WatchResponse]bool{}}
 	cert, err := s.certify()
 	if err != nil {
 		return nil, err
 	}
 	var l net.ListenConfig
-	listener, err := l.Listen(context.Background(), "tcp", "127.0.0.1:0")
+	listener, err := l.Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}

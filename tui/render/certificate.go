@@ -182,11 +182,16 @@ func (p *Page) Why(e *operatorpb.ExplainCertificateResponse, names Names, now ti
 			due = "is due"
 		}
 		line := fmt.Sprintf("On agent %s it %s", names.of(l.GetAgentId()), due)
-		if l.GetReason() != "" {
-			line += ": " + l.GetReason()
+		reason, at := l.GetReason(), Absolute(l.GetDueAt())
+		told := at != "" && strings.Contains(reason, at)
+		if told {
+			reason = strings.Replace(reason, at, Time(l.GetDueAt(), now), 1)
+		}
+		if reason != "" {
+			line += ": " + reason
 		}
 		line = sentence(line)
-		if l.GetDueAt() != nil && !l.GetDue() {
+		if at != "" && !told && !l.GetDue() {
 			line += " It will be due " + Time(l.GetDueAt(), now) + "."
 		}
 		p.block(i, line)

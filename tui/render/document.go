@@ -20,11 +20,11 @@ func JSON(m proto.Message) ([]byte, error) {
 		return nil, fmt.Errorf("the answer cannot be written as JSON: %w", err)
 	}
 	return escape(doc, func(r rune) string {
-		s := ""
+		var s strings.Builder
 		for _, u := range utf16.Encode([]rune{r}) {
-			s += fmt.Sprintf(`\u%04x`, u)
+			fmt.Fprintf(&s, `\u%04x`, u)
 		}
-		return s
+		return s.String()
 	}), nil
 }
 

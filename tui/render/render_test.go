@@ -192,6 +192,13 @@ func TestWhy(t *testing.T) {
 			"old is Expired and expired 2026-11-30 10:00 UTC (24h ago).\nIt is placed on no target.\n",
 		},
 		{
+			"a time that the reason tells is not told twice", &operatorpb.ExplainCertificateResponse{
+				Certificate: &operatorpb.Certificate{Name: "web", Status: "Active", PlacementsTotal: 1, PlacementsCurrent: 1},
+				Leaves:      []*operatorpb.LeafExplanation{{AgentId: "agt_1", Reason: "it renews on 2027-01-30 10:00 UTC", DueAt: timestamppb.New(now.Add(60 * day))}},
+			},
+			"web is Active.\nEvery placement (1 of 1) serves what is wanted.\n\nOn agent web-1 it is not due: it renews on 2027-01-30 10:00 UTC (in 60d).\n",
+		},
+		{
 			"all is well", &operatorpb.ExplainCertificateResponse{
 				Certificate: &operatorpb.Certificate{Name: "web", Status: "Active", NotAfter: timestamppb.New(now.Add(90 * day)), PlacementsTotal: 1, PlacementsCurrent: 1},
 				Leaves:      []*operatorpb.LeafExplanation{{AgentId: "agt_1", Reason: "it is young.", DueAt: timestamppb.New(now.Add(60 * day))}},

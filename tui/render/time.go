@@ -75,7 +75,7 @@ func Exact(d *durationpb.Duration) string {
 	}{{day, "d"}, {time.Hour, "h"}, {time.Minute, "m"}, {time.Second, "s"}} {
 		if n := rest / u.unit; n > 0 {
 			parts = append(parts, fmt.Sprintf("%d%s", n, u.name))
-			rest -= n * u.unit
+			rest %= u.unit
 		}
 	}
 	return strings.Join(parts, " ")

@@ -25,10 +25,7 @@ func run() int {
 		Terminal: cli.IsTerminal(os.Stdout),
 	}
 	if cli.IsTerminal(os.Stdin) {
-		app.ReadSecret = func() (string, error) {
-			// Reading cannot be cancelled: an interruption must end the process, after the echo is back.
-			return cli.ReadSecret(ctx, os.Stdin)
-		}
+		app.ReadSecret = func(prompt func()) (string, error) { return cli.ReadSecret(ctx, os.Stdin, prompt) }
 	}
 	return app.Run(ctx, os.Args[1:])
 }
