@@ -195,7 +195,7 @@ func (s *Store) CheckSchema(ctx context.Context) error {
 	case err != nil:
 		return err
 	case has < wants:
-		return fault.New(fault.Invalid, "the database has schema version %d and this program needs %d; run certmeshd migrate", has, wants)
+		return fault.New(fault.Invalid, "the database has schema version %d and this program needs %d; run certmeshd migrate up", has, wants)
 	case has > wants+1:
 		return fault.New(fault.Invalid, "the database has schema version %d and this program knows %d; run a newer certmeshd", has, wants)
 	}
