@@ -123,17 +123,20 @@ func (s *site) Undo(_ context.Context, r target.Receipt) error {
 
 // world is one estate in this process: a database, a host's directory, and sites.
 type world struct {
-	t       *testing.T
-	dsn     string
-	data    string // of the node
-	host    string // of the agent
-	sites   *sites
-	ports   [4]string
-	faults  *storetest.Cutter
-	wrap    func(net.Conn) net.Conn
-	node    *Node
-	stop    context.CancelFunc
-	stopped chan error
+	t      *testing.T
+	dsn    string
+	data   string // of the node
+	host   string // of the agent
+	sites  *sites
+	ports  [4]string
+	faults *storetest.Cutter
+	wrap   func(net.Conn) net.Conn
+	node   *Node
+	// operator is the connection to node.
+	operator *grpc.ClientConn
+	octx     context.Context
+	stop     context.CancelFunc
+	stopped  chan error
 
 	mu    sync.Mutex
 	cutAt int
@@ -142,6 +145,9 @@ type world struct {
 	wire  bool // cut the connection instead of the agent
 	conns []net.Conn
 }
+
+// pollEvery is how often an operator looks: rarely enough to leave the processors to what is being watched.
+const pollEvery = 8 * time.Millisecond
 
 var errAgentCut = errors.New("the agent was cut here")
 
@@ -234,9 +240,10 @@ func (w *world) stopAgent() {
 func call[Out any](w *world, ctx context.Context, what string, f func(context.Context, clients) (Out, error)) Out {
 	w.t.Helper()
 	for {
-		octx, conn := operator(w.t, w.node)
-		out, err := f(octx, clientsOf(conn))
-		_ = conn.Close()
+		if w.operator == nil {
+			w.octx, w.operator = operator(w.t, w.node)
+		}
+		out, err := f(w.octx, clientsOf(w.operator))
 		if err == nil {
 			return out
 		}
@@ -251,6 +258,8 @@ func call[Out any](w *world, ctx context.Context, what string, f func(context.Co
 func (w *world) revive() {
 	if w.faults.Dead() {
 		w.killNode()
+		_ = w.operator.Close()
+		w.operator = nil
 		w.faults.Arm(0)
 		w.startNode()
 	}
@@ -304,7 +313,7 @@ func (w *world) served(ctx context.Context, name string, generation int64) {
 				return c.jobs.ListJobs(ctx, &operatorpb.ListJobsRequest{CertificateId: last.GetId()})
 			})
 			w.t.Fatalf("generation %d of %s is not served:\n%v\n%v", generation, name, last, jobs)
-		case <-time.After(3 * time.Millisecond):
+		case <-time.After(pollEvery):
 		}
 	}
 }
@@ -351,7 +360,7 @@ func (w *world) check(name string, at string, sites ...string) {
 			w.t.Fatalf("%s: open jobs %v, keys %v", at, open, keys)
 		}
 		w.revive()
-		time.Sleep(3 * time.Millisecond)
+		time.Sleep(pollEvery)
 	}
 	if got := call(w, ctx, "get", func(ctx context.Context, c clients) (*operatorpb.GetCertificateResponse, error) {
 		return c.certs.GetCertificate(ctx, &operatorpb.GetCertificateRequest{Id: name})
@@ -367,7 +376,7 @@ func (w *world) keys(certificate string) []string {
 		if err != nil {
 			return nil // it is being renamed or removed
 		}
-		if !d.IsDir() && strings.Contains(path, certificate) && strings.Contains(filepath.Base(path), ".key") {
+		if !d.IsDir() && strings.Contains(path, certificate) && filepath.Ext(path) == ".pem" {
 			out = append(out, filepath.Base(path))
 		}
 		return nil
@@ -411,7 +420,7 @@ func newWorldWith(t *testing.T, e storetest.Engine, wrap func(net.Conn) net.Conn
 		if deadline.Err() != nil {
 			t.Fatal("the agent did not come online")
 		}
-		time.Sleep(3 * time.Millisecond)
+		time.Sleep(pollEvery)
 	}
 	for _, s := range []string{"one", "two"} {
 		call(w, ctx, "target", func(ctx context.Context, c clients) (*operatorpb.CreateTargetResponse, error) {
