@@ -281,6 +281,9 @@ func (m *Manager) Reidentified(resp *agentpb.ReidentifyResponse) error {
 		if err != nil {
 			return err
 		}
+		if err := m.verifiesPeerLocked(b.GetVersion(), r, m.current.TrustDomain); err != nil {
+			return err
+		}
 		roots, bundle = r, b
 	}
 	return m.installLocked(resp.GetChain(), roots, m.current.AgentID, m.current.TrustDomain, bundle)
@@ -392,12 +395,23 @@ func (m *Manager) ApplyBundle(b *agentpb.TrustBundle) error {
 	if err != nil {
 		return err
 	}
-	if m.current != nil && len(m.peer) > 0 {
-		if err := verifyServer(m.peer, roots, m.current.TrustDomain, m.now()); err != nil {
-			return fault.Wrap(fault.Conflict, err, "trust bundle version %d does not verify the server that sent it", b.GetVersion())
+	if m.current != nil {
+		if err := m.verifiesPeerLocked(b.GetVersion(), roots, m.current.TrustDomain); err != nil {
+			return err
 		}
 	}
 	return m.writeBundleLocked(b, roots)
+}
+
+// verifiesPeerLocked refuses roots that would lock out the server that sent them.
+func (m *Manager) verifiesPeerLocked(version int64, roots []*x509.Certificate, domain string) error {
+	if len(m.peer) == 0 {
+		return nil
+	}
+	if err := verifyServer(m.peer, roots, domain, m.now()); err != nil {
+		return fault.Wrap(fault.Conflict, err, "trust bundle version %d does not verify the server that sent it", version)
+	}
+	return nil
 }
 
 func (m *Manager) writeBundleLocked(b *agentpb.TrustBundle, roots []*x509.Certificate) error {

@@ -136,6 +136,9 @@ func (i *Identity) Certificate() []byte { return i.cert.Certificate[0] }
 
 // Prove signs what Reidentify wants: proof that this side of the TLS connection holds the identity's key.
 func (i *Identity) Prove(cs tls.ConnectionState, csr []byte) ([]byte, error) {
+	if !cs.HandshakeComplete {
+		return nil, fault.New(fault.Retryable, "the TLS connection ended before the proof was made")
+	}
 	exported, err := cs.ExportKeyingMaterial("EXPORTER-certmesh-reidentify", nil, 32)
 	if err != nil {
 		return nil, fault.Wrap(fault.Internal, err, "the TLS connection yields no exporter value")

@@ -4,6 +4,7 @@
 package state
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"log/slog"
@@ -121,7 +122,7 @@ func (k *Keeper) Apply(st *agentpb.State) error {
 	if len(id.name) > maxName {
 		return fault.InvalidField("version.name", "has %d bytes; at most %d are expected", len(id.name), maxName)
 	}
-	if have := k.held[id]; have != nil && st.GetVersion().GetVersion() <= have.GetVersion().GetVersion() {
+	if have := k.held[id].GetVersion(); have != nil && !newer(st.GetVersion(), have) {
 		return nil
 	}
 	if err := k.take(id, st); err != nil {
@@ -137,10 +138,21 @@ func (k *Keeper) Apply(st *agentpb.State) error {
 	return nil
 }
 
+// newer says whether v replaces have. A server that was restored from a backup may give a number again to another body.
+func newer(v, have *agentpb.StateVersion) bool {
+	if v.GetVersion() == have.GetVersion() {
+		return len(v.GetHash()) > 0 && !bytes.Equal(v.GetHash(), have.GetHash())
+	}
+	return v.GetVersion() > have.GetVersion()
+}
+
 func (k *Keeper) take(id key, st *agentpb.State) error {
 	if _, removed := st.GetBody().(*agentpb.State_Removed); removed && id.kind != KindTrustBundle {
+		if err := k.cfg.Files.Remove(fileOf(id)); err != nil {
+			return err
+		}
 		delete(k.held, id)
-		return k.cfg.Files.Remove(fileOf(id))
+		return nil
 	}
 	misfit := fault.New(fault.Invalid, "the state's body does not fit its kind %q", strings.ToValidUTF8(id.kind[:min(len(id.kind), 64)], ""))
 	switch id.kind {
