@@ -157,7 +157,9 @@ func (m *machine) next(it *item) {
 	}
 	r := it.reports[0]
 	if it.bare && r.Kind == ReportCSR {
-		m.reload(m.at)
+		if !m.loading && m.loadAt.IsZero() {
+			m.reload(m.at)
+		}
 		return
 	}
 	it.reports = it.reports[1:]
@@ -375,9 +377,9 @@ func (m *machine) inquired(e Inquired) {
 	}
 }
 
-// resume goes on with what has waited for its time.
+// resume goes on with what has waited for its time, whichever event shows that it has come.
 func (m *machine) resume() {
-	for _, it := range slices.Clone(m.items) {
+	for _, it := range m.items {
 		m.next(it)
 	}
 	for _, a := range m.asks {

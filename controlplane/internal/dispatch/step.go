@@ -114,6 +114,8 @@ type State struct {
 	conflicts int
 	// wait is what the last Wait said.
 	wait time.Time
+	// at is the latest time that an event carried.
+	at time.Time
 }
 
 // Open reports whether the agent's session is open.
@@ -292,45 +294,44 @@ func Step(s State, e Event) (State, []Effect) {
 	m := &machine{State: s}
 	switch e := e.(type) {
 	case Opened:
-		m.at = e.At
+		m.clock(e.At)
 		m.opened(e)
 	case Granted:
-		m.at = e.At
-		if s.open && e.Class < Classes && e.Amount > 0 {
+		m.clock(e.At)
+		if m.open && e.Class < Classes && e.Amount > 0 {
 			m.credits[e.Class] = min(m.credits[e.Class]+min(e.Amount, MaxCredit), MaxCredit)
 		}
 	case Woken:
-		m.at = e.At
-		m.reload(e.At)
+		m.clock(e.At)
+		m.reload(m.at)
 	case Reported:
-		m.at = e.At
+		m.clock(e.At)
 		m.reported(e.Report)
 	case Ticked:
-		m.at = e.At
-		m.resume()
+		m.clock(e.At)
 	case Closed:
 		m.open = false
 		return m.State, nil
 	case Loaded:
-		m.at = e.At
+		m.clock(e.At)
 		m.loaded(e)
 	case Raised:
-		m.at = e.At
+		m.clock(e.At)
 		m.raised(e)
 	case AcceptedDone:
-		m.at = e.At
+		m.clock(e.At)
 		m.acceptedDone(e)
 	case Issued:
-		m.at = e.At
+		m.clock(e.At)
 		m.issued(e)
 	case Completed:
-		m.at = e.At
+		m.clock(e.At)
 		m.completed(e)
 	case FailedDone:
-		m.at = e.At
+		m.clock(e.At)
 		m.failedDone(e)
 	case Inquired:
-		m.at = e.At
+		m.clock(e.At)
 		m.inquired(e)
 	}
 	m.pump()
@@ -340,8 +341,15 @@ func Step(s State, e Event) (State, []Effect) {
 // machine is one step under way.
 type machine struct {
 	State
-	at  time.Time
 	out []Effect
+}
+
+// clock moves the time on. Answers are stamped before they queue for the step, so that a later one may carry an earlier
+// time: it counts as now.
+func (m *machine) clock(at time.Time) {
+	if at.After(m.at) {
+		m.at = at
+	}
 }
 
 func (m *machine) do(e Effect) { m.out = append(m.out, e) }
@@ -390,6 +398,7 @@ func (m *machine) pump() {
 	if !m.open {
 		return
 	}
+	m.resume()
 	if !m.loading && !m.loadAt.IsZero() && !m.at.Before(m.loadAt) {
 		m.loading, m.loadAt = true, time.Time{}
 		m.loads++
@@ -504,7 +513,7 @@ func (m *machine) loaded(e Loaded) {
 	ended := m.ended
 	m.ended = nil
 	if e.Err != nil {
-		m.reload(e.At.Add(backoff(m.loadTries)))
+		m.reload(m.at.Add(backoff(m.loadTries)))
 		m.loadTries++
 		return
 	}
@@ -575,7 +584,7 @@ func (m *machine) raised(e Raised) {
 	c := ClassOf(it.work.Job.Kind)
 	m.credits[c] = min(m.credits[c]+1, MaxCredit)
 	if fault.MayRetry(e.Err) {
-		it.phase, it.notBefore = waiting, e.At.Add(backoff(it.tries))
+		it.phase, it.notBefore = waiting, m.at.Add(backoff(it.tries))
 		it.tries++
 		// Whether it was raised is not known.
 		m.reload(it.notBefore)
@@ -590,5 +599,5 @@ func (m *machine) raised(e Raised) {
 		pause = backoff(m.conflicts - 1)
 	}
 	m.conflicts++
-	m.reload(e.At.Add(pause))
+	m.reload(m.at.Add(pause))
 }

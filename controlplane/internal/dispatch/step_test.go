@@ -73,6 +73,12 @@ func TestRandomOrders(t *testing.T) {
 				}
 				w.answer(rapid.IntRange(0, len(w.pending)-1).Draw(t, "which"), rapid.IntRange(0, 5).Draw(t, "broken") == 0)
 			},
+			"store commits": func(t *rapid.T) {
+				if len(w.pending) == 0 {
+					t.Skip()
+				}
+				w.commit(rapid.IntRange(0, len(w.pending)-1).Draw(t, "which"), rapid.IntRange(0, 5).Draw(t, "broken") == 0)
+			},
 			"agent takes":  func(*rapid.T) { w.agentTakes() },
 			"server takes": func(*rapid.T) { w.serverTakes() },
 			"agent works":  func(t *rapid.T) { w.works(held(t), rapid.IntRange(0, 3).Draw(t, "ok") > 0) },
@@ -403,11 +409,25 @@ func TestSnapshotOlderThanItsAnswer(t *testing.T) {
 	if waits, out := w.state.Counts(); waits+out != 0 {
 		t.Fatalf("the past came back: %d wait, %d are out", waits, out)
 	}
+	// Read before the attempt was raised: what the agent has stays with it.
+	given := w.create(domain.JobDeployment)
+	before := w.openWork()
+	w.ready = both(1)
+	w.grant()
+	w.step(Woken{At: w.now})
+	w.answerAll()
+	w.deliver()
+	w.step(Woken{At: w.now})
+	w.pending = nil
+	w.step(Loaded{Work: before, At: w.now})
+	if _, out := w.state.Counts(); out != 1 || len(w.cancels) != 0 || w.jobs[given.ID].Attempt != 1 {
+		t.Fatalf("an old snapshot moved a job: %d are out, cancelled %v", out, w.cancels)
+	}
 	// And the other way round: a job that was learned of after the snapshot is not taken for ended.
 	w.step(Woken{At: w.now})
 	w.pending = nil
 	d := w.create(domain.JobDeployment)
-	m := machine{State: w.state, at: w.now}
+	m := machine{State: w.state}
 	m.merge(domain.Work{Job: d})
 	w.state = m.State
 	w.step(Loaded{At: w.now})

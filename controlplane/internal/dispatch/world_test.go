@@ -30,8 +30,8 @@ type world struct {
 
 	state    State
 	epoch    domain.Epoch
-	pending  []func(w *world, broken bool) // unanswered effects
-	inFlight map[string]int                // reports of a job with the store
+	pending  []*use         // unanswered effects
+	inFlight map[string]int // reports of a job with the store
 	ticks    time.Time
 	loads    int
 
@@ -130,42 +130,47 @@ func (w *world) step(e Event) {
 	}
 }
 
-// later queues an answer of the store.
-func (w *world) later(jobID string, f func(w *world, broken bool)) {
+// use is a use of the store: it happens, and some time later its answer is heard.
+type use struct {
+	jobID    string
+	epoch    domain.Epoch
+	happen   func(w *world, broken bool) Event
+	happened Event
+}
+
+// later queues a use of the store.
+func (w *world) later(jobID string, happen func(w *world, broken bool) Event) {
 	if jobID != "" {
 		if w.inFlight[jobID]++; w.inFlight[jobID] > 1 {
 			w.fail("%d reports of %s are with the store at once", w.inFlight[jobID], jobID)
 		}
 	}
-	epoch := w.epoch
-	w.pending = append(w.pending, func(w *world, broken bool) {
-		if w.epoch != epoch {
-			return
-		}
-		if jobID != "" {
-			w.inFlight[jobID]--
-		}
-		f(w, broken)
-	})
+	w.pending = append(w.pending, &use{jobID: jobID, epoch: w.epoch, happen: happen})
+}
+
+// commit lets a use happen without its answer being heard yet.
+func (w *world) commit(i int, broken bool) {
+	if u := w.pending[i]; u.happened == nil {
+		u.happened = u.happen(w, broken)
+	}
 }
 
 func (w *world) effect(f Effect) {
 	switch f := f.(type) {
 	case Load:
 		w.loads++
-		w.later("", func(w *world, broken bool) {
+		w.later("", func(w *world, broken bool) Event {
 			if broken {
-				w.step(Loaded{Err: errDown, At: w.now})
-				return
+				return Loaded{Err: errDown, At: w.now}
 			}
-			w.step(Loaded{Work: w.openWork(), At: w.now})
+			return Loaded{Work: w.openWork(), At: w.now}
 		})
 	case Raise:
 		w.raise(f.Dispatch)
 	case Accept:
 		a := f.Acceptance
 		ref := domain.JobRef{JobID: a.JobID, Attempt: a.Attempt}
-		w.later(a.JobID, func(w *world, broken bool) {
+		w.later(a.JobID, func(w *world, broken bool) Event {
 			err := w.judge(ref)
 			if broken {
 				err = errDown
@@ -178,14 +183,14 @@ func (w *world) effect(f Effect) {
 				j.AcceptedAt = w.now
 				w.jobs[a.JobID] = j
 			}
-			w.step(AcceptedDone{Ref: ref, Err: err, At: w.now})
+			return AcceptedDone{Ref: ref, Err: err, At: w.now}
 		})
 	case Issue:
 		w.issue(f)
 	case Complete:
 		r := f.Result
 		ref := domain.JobRef{JobID: r.JobID, Attempt: r.Attempt}
-		w.later(r.JobID, func(w *world, broken bool) {
+		w.later(r.JobID, func(w *world, broken bool) Event {
 			err := w.judge(ref)
 			if broken {
 				err = errDown
@@ -193,12 +198,12 @@ func (w *world) effect(f Effect) {
 			if err == nil {
 				w.end(ref, domain.JobCompleted)
 			}
-			w.step(Completed{Ref: ref, Settlement: w.settlement(ref), Err: err, At: w.now})
+			return Completed{Ref: ref, Settlement: w.settlement(ref), Err: err, At: w.now}
 		})
 	case Fail:
 		x := f.Failure
 		ref := domain.JobRef{JobID: x.JobID, Attempt: x.Attempt}
-		w.later(x.JobID, func(w *world, broken bool) {
+		w.later(x.JobID, func(w *world, broken bool) Event {
 			err := w.judge(ref)
 			if broken {
 				err = errDown
@@ -212,15 +217,14 @@ func (w *world) effect(f Effect) {
 				}
 				w.jobs[j.ID] = j
 			}
-			w.step(FailedDone{Ref: ref, Job: j, Err: err, At: w.now})
+			return FailedDone{Ref: ref, Job: j, Err: err, At: w.now}
 		})
 	case Inquire:
-		w.later("", func(w *world, broken bool) {
+		w.later("", func(w *world, broken bool) Event {
 			if broken {
-				w.step(Inquired{Ref: f.Ref, Err: errDown, At: w.now})
-				return
+				return Inquired{Ref: f.Ref, Err: errDown, At: w.now}
 			}
-			w.step(Inquired{Ref: f.Ref, Settlement: w.settlement(f.Ref), At: w.now})
+			return Inquired{Ref: f.Ref, Settlement: w.settlement(f.Ref), At: w.now}
 		})
 	case Assign:
 		c := ClassOf(f.Work.Job.Kind)
@@ -245,7 +249,7 @@ func (w *world) effect(f Effect) {
 }
 
 func (w *world) raise(d domain.Dispatch) {
-	w.later("", func(w *world, broken bool) {
+	w.later("", func(w *world, broken bool) Event {
 		j, ok := w.jobs[d.JobID]
 		var err error
 		switch {
@@ -262,14 +266,14 @@ func (w *world) raise(d domain.Dispatch) {
 				err = errDown // kept, but nobody was told
 			}
 		}
-		w.step(Raised{JobID: d.JobID, Attempt: d.Attempt, Err: err, At: w.now})
+		return Raised{JobID: d.JobID, Attempt: d.Attempt, Err: err, At: w.now}
 	})
 }
 
 func (w *world) issue(f Issue) {
 	j := f.Work.Job
 	ref := domain.JobRef{JobID: j.ID, Attempt: j.Attempt}
-	w.later(j.ID, func(w *world, broken bool) {
+	w.later(j.ID, func(w *world, broken bool) Event {
 		err := w.judge(ref)
 		switch {
 		case broken:
@@ -282,7 +286,7 @@ func (w *world) issue(f Issue) {
 			w.end(ref, domain.JobCompleted)
 			e.Deployments = []domain.Work{{Job: w.create(domain.JobDeployment)}}
 		}
-		w.step(e)
+		return e
 	})
 }
 
@@ -375,9 +379,13 @@ func (w *world) serverTakes() bool {
 }
 
 func (w *world) answer(i int, broken bool) {
-	f := w.pending[i]
+	w.commit(i, broken)
+	u := w.pending[i]
 	w.pending = slices.Delete(w.pending, i, i+1)
-	f(w, broken)
+	if u.jobID != "" {
+		w.inFlight[u.jobID]--
+	}
+	w.step(u.happened)
 }
 
 // settle runs everything to its end with a store that works and an agent that succeeds, and fails if anything stays open.
