@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -159,7 +160,9 @@ keyUsage = critical,digitalSignature
 	b.Tool("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-config", conf)
 	pair, err := tls.LoadX509KeyPair(cert, key)
 	b.OK(err)
-	c, err := tls.Dial("tcp", b.Mesh, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{pair}})
+	c, err := tls.Dial("tcp", b.Mesh, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"},
+		// Not by Certificates: those are shown only to servers that ask for their CA.
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }})
 	if err == nil {
 		// With TLS 1.3 the refusal comes after the client believes that it is connected.
 		defer c.Close()
@@ -263,7 +266,6 @@ func (b *bench) tool() {
 	order([]string{"ip"}, append([]string{"bad-ip", "--dns", "192.0.2.1"}, base...)...)
 	order([]string{"wildcard"}, append([]string{"bad-wild", "--dns", "a.*.example.test"}, base...)...)
 	order([]string{"mail"}, append([]string{"bad-mail", "--email", "no mail"}, base...)...)
-	order([]string{"twice"}, append([]string{"bad-twice", "--dns", "a.example.test", "--dns", "A.example.test"}, base...)...)
 	order([]string{"fraction"}, append([]string{"bad-fraction", "--dns", "a.example.test", "--renew-fraction", "1.5"}, base...)...)
 	order([]string{"bad/name"}, append([]string{"bad/name", "--dns", "a.example.test"}, base...)...)
 	order([]string{"no-ca"}, "bad-issuer", "--dns", "a.example.test", "--issuer", "no-ca", "--target", "tool")
@@ -289,10 +291,10 @@ func (b *bench) tool() {
 	site, err := b.StartBuiltin("host", "other", "other.example.test")
 	b.OK(err)
 	defer site.Stop()
-	b.IsRefusal(run("CERTMESH_SERVER_URL="+site.Addr), 1, "certificate")
+	b.IsRefusal(run("CERTMESH_SERVER_URL="+site.Addr), 1, "CA")
 	b.IsRefusal(run("CERTMESH_API_KEY=wrong"), 1, "key")
 	_, err = b.Run(b.Ctx, "certmesh", []string{"CERTMESH_CONFIG=" + b.Path("no-such.yaml"), "HOME=" + b.Path()}, "status")
-	b.IsRefusal(err, 2, "login")
+	b.IsRefusal(err, 1, "login")
 }
 
 // target makes a target of kind file without waiting for anything.
@@ -302,6 +304,25 @@ func (b *bench) target(name string, settings map[string]any, args ...string) err
 	b.OK(err)
 	_, err = b.CLI(b.Ctx, append([]string{"targets", "create", name, "--agent", "host", "--kind", "file", "--settings", string(text)}, args...)...)
 	return err
+}
+
+// stumbles orders a certificate for a target that cannot take it at the moment, and waits until its job says why in all
+// of words. Tries go on, so that it is to be mended soon.
+func (b *bench) stumbles(target string, words ...string) {
+	b.T.Helper()
+	b.Do("certs", "create", "for-"+target, "--dns", target+".example.test", "--issuer", "ca", "--target", target)
+	b.Until("the job for "+target+" to say "+strings.Join(words, ", "), func() error {
+		jobs, err := b.Jobs(b.Ctx, "--certificate", "for-"+target)
+		if err != nil {
+			return err
+		}
+		for _, j := range jobs {
+			if !slices.ContainsFunc(words, func(w string) bool { return !strings.Contains(j.Error, w) }) {
+				return nil
+			}
+		}
+		return fmt.Errorf("%+v", jobs)
+	})
 }
 
 // fails orders a certificate for a target that cannot take it, and waits until its placement says why in all of words.

@@ -52,7 +52,7 @@ func (b *bench) fullDisk() {
 	b.mount(dir)
 	free := b.fill(dir)
 	b.OK(b.target("d-full", map[string]any{"dir": filepath.Join(dir, "site")}))
-	b.fails("d-full", "no space left")
+	b.stumbles("d-full", "disk is full")
 	free()
 	b.Current("for-d-full")
 	b.Quiet("--certificate", "for-d-full")
@@ -64,7 +64,7 @@ func (b *bench) readOnly() {
 	remount := func(flags uintptr) { b.OK(syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT|flags, "size=256k")) }
 	remount(syscall.MS_RDONLY)
 	b.OK(b.target("d-frozen", map[string]any{"pem_path": filepath.Join(dir, "site.pem")}))
-	b.fails("d-frozen", "read-only")
+	b.stumbles("d-frozen", "read-only")
 	remount(0)
 	b.Current("for-d-frozen")
 	b.Quiet("--certificate", "for-d-frozen")

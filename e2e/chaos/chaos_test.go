@@ -136,7 +136,7 @@ func (r *run) round(n int) {
 	if len(r.certs) < maxCertificates && (n%2 == 0 || len(r.certs) == 1) {
 		work = r.order(n)
 	} else {
-		work = r.renew(n)
+		work = r.renew()
 	}
 	victims := r.victims()
 	// Most of what can be interrupted happens in the first half second.
@@ -196,12 +196,10 @@ func (r *run) order(n int) func(context.Context) error {
 	return func(ctx context.Context) error { return r.insist(ctx, args...) }
 }
 
-// renew returns the work of renewing a certificate that is there.
-func (r *run) renew(n int) func(context.Context) error {
+// renew returns the work of renewing a certificate that is there. Said again, it may renew once more.
+func (r *run) renew() func(context.Context) error {
 	c := r.certs[r.random.IntN(len(r.certs))]
-	return func(ctx context.Context) error {
-		return r.insist(ctx, "certs", "renew", c.name, "--request-id", fmt.Sprintf("renew-%d", n))
-	}
+	return func(ctx context.Context) error { return r.insist(ctx, "certs", "renew", c.name) }
 }
 
 // insist makes a call until it is answered, as a script that looks at the exit status would.

@@ -216,9 +216,17 @@ func (s stop) Unwrap() error { return s.error }
 // Stop marks an error after which waiting is pointless.
 func Stop(err error) error { return stop{err} }
 
+// pollFirst and pollLast bound the pauses of Wait: most conditions hold at once, and asking is not free for those that
+// do not, because the tool is a process.
+const (
+	pollFirst = 20 * time.Millisecond
+	pollLast  = 300 * time.Millisecond
+)
+
 // Wait calls check until it succeeds, ctx ends, or check returns a Stop error. The last error says what was missing.
 func Wait(ctx context.Context, what string, check func(context.Context) error) error {
-	for {
+	var last error
+	for pause := pollFirst; ; pause = min(pause*3/2, pollLast) {
 		err := check(ctx)
 		if err == nil {
 			return nil
@@ -227,10 +235,16 @@ func Wait(ctx context.Context, what string, check func(context.Context) error) e
 		if errors.As(err, &s) {
 			return fmt.Errorf("waiting for %s: %w", what, err)
 		}
+		if last == nil || ctx.Err() == nil {
+			// What fails because time is up tells nothing.
+			last = err
+		}
+		t := time.NewTimer(pause)
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("waited in vain for %s: %w", what, err)
-		case <-time.After(25 * time.Millisecond):
+			t.Stop()
+			return fmt.Errorf("waited in vain for %s: %w", what, last)
+		case <-t.C:
 		}
 	}
 }

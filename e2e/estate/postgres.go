@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"sort"
 	"strconv"
+	"strings"
 	"syscall"
 )
 
@@ -55,13 +56,18 @@ func (e *Estate) StartPostgres(ctx context.Context) (dsn string, stop func(), er
 		<-p.Exited()
 		remove()
 	}
-	err = Wait(ctx, "PostgreSQL to answer", func(ctx context.Context) error {
+	err = Wait(ctx, "PostgreSQL to answer", func(context.Context) error {
 		select {
 		case <-p.Exited():
 			return Stop(fmt.Errorf("postgres ended:\n%s", p.Tail(20)))
 		default:
 		}
-		return exec.CommandContext(ctx, filepath.Join(bin, "pg_isready"), "-q", "-h", dir).Run()
+		// Its last line says how far the server is; it listens long before it answers.
+		text, err := os.ReadFile(filepath.Join(data, "postmaster.pid"))
+		if err == nil && !strings.HasSuffix(strings.TrimSpace(string(text)), "ready") {
+			err = errors.New("it is starting")
+		}
+		return err
 	})
 	if err != nil {
 		stop()
@@ -80,7 +86,9 @@ func postgresPrograms() (string, error) {
 		dirs = append([]string{filepath.Dir(p)}, dirs...)
 	}
 	for _, d := range dirs {
-		if _, err := os.Stat(filepath.Join(d, "initdb")); err == nil {
+		_, noInit := os.Stat(filepath.Join(d, "initdb"))
+		_, noServer := os.Stat(filepath.Join(d, "postgres"))
+		if noInit == nil && noServer == nil {
 			return d, nil
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -214,8 +215,9 @@ func (h *hosts) names() {
 	p, err := tls.LoadX509KeyPair(path, path)
 	h.OK(err)
 	l := p.Leaf
-	got := fmt.Sprint(l.Subject.CommonName, l.DNSNames, l.IPAddresses, l.EmailAddresses, l.URIs)
-	if want := "names.example.test[names.example.test *.names.example.test][192.0.2.7 2001:db8::7][ops@example.test][spiffe://example.test/names]"; strings.ReplaceAll(got, " [", "[") != want {
+	slices.Sort(l.DNSNames) // their order means nothing
+	got := fmt.Sprintf("%s %s %s %s %s", l.Subject.CommonName, l.DNSNames, l.IPAddresses, l.EmailAddresses, l.URIs)
+	if want := "names.example.test [*.names.example.test names.example.test] [192.0.2.7 2001:db8::7] [ops@example.test] [spiffe://example.test/names]"; got != want {
 		h.T.Errorf("the certificate's names are\n%s, not\n%s", got, want)
 	}
 	var again estate.Certificate
@@ -235,7 +237,11 @@ func (h *hosts) smime() {
 		h.T.Errorf("key usage %b, extended %v do not fit mail", p.Leaf.KeyUsage, p.Leaf.ExtKeyUsage)
 	}
 	msg, signed := h.File("mail.txt", "a message\n"), h.Path("mail.signed")
-	h.Tool("openssl", "cms", "-sign", "-in", msg, "-signer", path, "-inkey", path, "-certfile", path, "-md", "sha256", "-out", signed)
+	var chain strings.Builder
+	for _, der := range p.Certificate[1:] {
+		h.OK(pem.Encode(&chain, &pem.Block{Type: "CERTIFICATE", Bytes: der}))
+	}
+	h.Tool("openssl", "cms", "-sign", "-in", msg, "-signer", path, "-inkey", path, "-certfile", h.File("mail-chain.pem", chain.String()), "-md", "sha256", "-out", signed)
 	h.Tool("openssl", "cms", "-verify", "-in", signed, "-CAfile", h.File("mail-root.pem", h.roots), "-purpose", "smimesign", "-out", os.DevNull)
 }
 
@@ -248,7 +254,7 @@ func (h *hosts) caKeys() {
 		h.order("by-"+name, "--dns", name+".example.test", "--issuer", name, "--target", "on-"+name)
 		h.verify(issuer.ChainPEM, path)
 	}
-	h.Refused(2, []string{"RSA-1024"}, "issuers", "create", "weak", "--key-algorithm", "RSA-1024")
+	h.Refused(1, []string{"RSA-1024"}, "issuers", "create", "weak", "--key-algorithm", "RSA-1024")
 }
 
 // verify has openssl verify the certificate in a PEM file by the issuer's root and what the file brings.

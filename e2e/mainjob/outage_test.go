@@ -229,7 +229,7 @@ func TestIdentity(t *testing.T) {
 	if a.ID != away.ID {
 		t.Errorf("it came back as %s; it was %s", a.ID, away.ID)
 	}
-	l.Audited("identity.reidentified=ok")
+	l.Audited("agent.reidentified=ok")
 	// 3. Both still work.
 	for _, name := range []string{"solo", "off"} {
 		l.pemTarget("at-"+name, name)

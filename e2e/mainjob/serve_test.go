@@ -44,7 +44,7 @@ func TestServe(t *testing.T) {
 		t.Errorf("a fresh database has steps to go:\n%s", before)
 	}
 	_, err = l.Run(l.Ctx, "certmeshd", append(l.ServerEnv(), env...), "serve")
-	l.IsRefusal(err, 1, "migrate up")
+	l.IsRefusal(err, 2, "migrate up")
 	certmeshd("migrate", "up")
 	for _, line := range strings.Split(strings.TrimSpace(certmeshd("migrate", "status")), "\n")[1:] {
 		if strings.HasSuffix(strings.TrimSpace(line), " no") {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -130,7 +131,10 @@ func showLogs(t testing.TB, dir string) {
 			t.Log(err)
 			continue
 		}
-		lines := strings.Split(strings.TrimRight(string(b), "\n"), "\n")
+		lines := slices.DeleteFunc(strings.Split(strings.TrimRight(string(b), "\n"), "\n"), func(line string) bool {
+			// Calls that were answered are in the way of what went wrong.
+			return strings.Contains(line, `"api call"`) && strings.Contains(line, `"code":"OK"`)
+		})
 		t.Logf("the end of %s:\n%s", filepath.Base(l), strings.Join(lines[max(0, len(lines)-tailLines):], "\n"))
 	}
 }
@@ -198,7 +202,7 @@ func (l *Lab) IsRefusal(err error, code int, words ...string) string {
 		l.T.Errorf("the error is not one line that begins with %q:\n%s", ce.Program+": ", line)
 	}
 	for _, w := range words {
-		if !strings.Contains(line, w) {
+		if !strings.Contains(strings.ToLower(line), strings.ToLower(w)) {
 			l.T.Errorf("the error does not mention %q: %s", w, line)
 		}
 	}
