@@ -27,7 +27,6 @@ func (s *Server) Options() []grpc.ServerOption {
 		grpc.MaxConcurrentStreams(8),
 		grpc.ReadBufferSize(1 << 10),
 		grpc.WriteBufferSize(4 << 10),
-		grpc.SharedWriteBuffer(true),
 		grpc.InitialWindowSize(64 << 10),
 		grpc.InitialConnWindowSize(128 << 10),
 		grpc.ConnectionTimeout(20 * time.Second),

@@ -62,7 +62,7 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 		last = leaves.GetLast()
 	}
 	s.held.taken(who.agentID, prints)
-	return wire.SendAndClose(&agentpb.ReportResponse{Unknown: int32(unknown)}) //nolint:gosec // at most maxLeaves
+	return wire.SendAndClose(&agentpb.ReportResponse{Unknown: int32(unknown)})
 }
 
 // onRecord reports whether the leaf is the version that was issued to this agent.

@@ -177,7 +177,7 @@ func New(c Config) (*Server, error) {
 	c.Handshakes = max(c.Handshakes, 1)
 	s := &Server{cfg: c, gate: semaphore.NewWeighted(int64(c.Handshakes)), guard: newGuard(c.Clock),
 		all: map[*stream]struct{}{}, agents: map[string][]*stream{}, boots: map[string]boots{}}
-	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the server's own life, which Stop ends
 	s.store, s.issuing = newPool(storeWorkers), newPool(issueWorkers)
 	s.loads = newLoader(s)
 	body := &agentpb.Settings{BeatIntervalMs: c.BeatInterval.Milliseconds(), VerifyTimeoutMs: c.VerifyTimeout.Milliseconds()}

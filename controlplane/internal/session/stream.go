@@ -115,11 +115,11 @@ func (s *Server) Connect(wire grpc.BidiStreamingServer[agentpb.ConnectRequest, a
 // close is the mirror image of admit.
 func (st *stream) close() {
 	s := st.s
-	st.mu.Lock()
-	st.workStep(dispatch.Closed{})
-	st.out = outbox{ending: &End{Silent: true}}
-	st.room.Broadcast()
-	st.mu.Unlock()
+	st.locked(func() {
+		st.workStep(dispatch.Closed{})
+		st.out = outbox{ending: &End{Silent: true}}
+		st.room.Broadcast()
+	})
 	if epoch := s.remove(st); epoch > 0 {
 		st.closeSession(epoch)
 	}
@@ -187,41 +187,48 @@ func receiveError(err error) error {
 
 // take handles one message, after waiting for the stream's tasks if there are too many: gRPC's window then slows the
 // agent down. It returns the Hello that is to be admitted.
-func (st *stream) take(m *agentpb.ConnectRequest, now time.Time) *Admit {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	for st.tasks >= maxTasks && st.state.Phase() != Closing {
-		st.room.Wait()
+func (st *stream) take(m *agentpb.ConnectRequest, now time.Time) (admit *Admit) {
+	st.locked(func() {
+		for st.tasks >= maxTasks && st.state.Phase() != Closing {
+			st.room.Wait()
+		}
+		admit = st.protoStep(Received{Message: m, At: now})
+	})
+	return admit
+}
+
+// locked runs f with st.mu held. A panic in it ends this stream, whose state is not to be trusted any more, and no other.
+func (st *stream) locked(f func()) {
+	err := contain(st.s.cfg.Log, "handle an agent's stream", func() error {
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		f()
+		return nil
+	})
+	if err != nil {
+		st.cut(endError(err))
 	}
-	return st.protoStep(Received{Message: m, At: now})
 }
 
 // proto takes an event of the protocol.
-func (st *stream) proto(e Event) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.protoStep(e)
-}
+func (st *stream) proto(e Event) { st.locked(func() { st.protoStep(e) }) }
 
 // event takes an event of work that answers nothing.
-func (st *stream) event(e dispatch.Event) {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.workStep(e)
-}
+func (st *stream) event(e dispatch.Event) { st.locked(func() { st.workStep(e) }) }
 
 // answer takes the answer to an effect of work. When the stream has ended meanwhile the agent is woken instead, because
 // its next stream may have loaded before this was committed.
 func (st *stream) answer(e dispatch.Event) {
-	st.mu.Lock()
-	st.workStep(e)
-	st.tasks--
-	st.room.Signal()
-	if st.draining && st.tasks == 0 {
-		st.protoStep(Ending{endShutdown()})
-	}
-	closed := !st.work.Open()
-	st.mu.Unlock()
+	closed := false
+	st.locked(func() {
+		st.tasks--
+		st.room.Signal()
+		st.workStep(e)
+		if st.draining && st.tasks == 0 {
+			st.protoStep(Ending{endShutdown()})
+		}
+		closed = !st.work.Open()
+	})
 	if _, loaded := e.(dispatch.Loaded); closed && !loaded {
 		st.s.Wake(st.who.agentID)
 	}
@@ -232,13 +239,13 @@ func (st *stream) end(e End) { st.proto(Ending{e}) }
 
 // drain stops dispatching and says Goodbye once everything that is under way has been answered.
 func (st *stream) drain() {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.workStep(dispatch.Closed{})
-	st.draining = true
-	if st.tasks == 0 {
-		st.protoStep(Ending{endShutdown()})
-	}
+	st.locked(func() {
+		st.workStep(dispatch.Closed{})
+		st.draining = true
+		if st.tasks == 0 {
+			st.protoStep(Ending{endShutdown()})
+		}
+	})
 }
 
 // cut ends the stream without another word.
@@ -297,8 +304,9 @@ func (st *stream) protoStep(e Event) (admit *Admit) {
 	return admit
 }
 
-// part lets the sender say the rest.
+// part stops dispatching and lets the sender say the rest.
 func (st *stream) part(e End) {
+	st.workStep(dispatch.Closed{})
 	if e.Now {
 		st.out.queue, st.out.box = nil, nil
 	}

@@ -32,6 +32,9 @@ func (st *stream) workEffect(f dispatch.Effect) {
 		d := f.Dispatch
 		st.task(s.store, "dispatch", func(ctx context.Context) (dispatch.Event, error) {
 			err := db.Dispatch(ctx, []domain.Dispatch{d})[0]
+			if err == nil {
+				s.cfg.Hub.Publish(hub.Notice{Kind: hub.Jobs, ID: d.JobID})
+			}
 			return dispatch.Raised{JobID: d.JobID, Attempt: d.Attempt, Err: err, At: s.now()}, err
 		}, func(err error) dispatch.Event {
 			return dispatch.Raised{JobID: d.JobID, Attempt: d.Attempt, Err: err, At: s.now()}
