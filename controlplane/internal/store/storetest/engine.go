@@ -1,5 +1,5 @@
 // Package storetest runs the store's suite on every engine that is to be had: SQLite always, a PostgreSQL server that is
-// started once per test binary, CockroachDB when COCKROACH_URL names one. Other packages use Engines to test against a
+// started once per test binary, CockroachDB when COCKROACH_URL names a server or COCKROACH_BINARY an executable. Other packages use Engines to test against a
 // real store instead of a fake.
 //
 // A package that uses it has
@@ -49,7 +49,7 @@ func Engines(t testing.TB) []Engine {
 	list := []Engine{{Name: "sqlite", Driver: "sqlite", New: newSQLite,
 		Source: func(dsn string) string { return "file:" + strings.TrimPrefix(dsn, "sqlite:") }}}
 	list = append(list, Engine{Name: "postgres", Driver: "pgx", New: newPostgres, Source: func(dsn string) string { return dsn }})
-	if base := os.Getenv("COCKROACH_URL"); base != "" {
+	if base := cockroachURL(t); base != "" {
 		list = append(list, Engine{Name: "cockroach", Driver: "pgx",
 			New:    func(t testing.TB) string { return newCockroach(t, base) },
 			Source: func(dsn string) string { return "postgres" + strings.TrimPrefix(dsn, "cockroach") }})
@@ -109,17 +109,6 @@ func (e Engine) SQL(t testing.TB, dsn string) *sql.DB {
 }
 
 func newSQLite(t testing.TB) string { return "sqlite:" + filepath.Join(t.TempDir(), "store.db") }
-
-func newCockroach(t testing.TB, base string) string {
-	t.Helper()
-	dsn, name := newDatabase(t, base, "")
-	t.Cleanup(func() {
-		if err := dropDatabase(base, name); err != nil {
-			t.Error(err)
-		}
-	})
-	return "cockroach" + strings.TrimPrefix(dsn, "postgres")
-}
 
 // newDatabase creates a database on the server of base, from a template if one is named, and returns its URL and name.
 func newDatabase(t testing.TB, base, template string) (dsn, name string) {

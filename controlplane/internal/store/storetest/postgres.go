@@ -41,6 +41,7 @@ var template = "certmesh_template_" + strconv.Itoa(os.Getpid())
 // Main runs the tests and stops what they started.
 func Main(m *testing.M) {
 	code := m.Run()
+	stopCockroach()
 	if err := stopPostgres(); err != nil {
 		fmt.Fprintln(os.Stderr, "storetest:", err)
 		code = max(code, 1)
