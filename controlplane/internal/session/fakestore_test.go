@@ -2,12 +2,13 @@ package session
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/x509"
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
+	"strconv"
 	"sync"
 	"time"
 
@@ -574,17 +575,30 @@ func (f *fakeStore) Versions(_ context.Context, certificateID string, p domain.P
 		return nil, "", err
 	}
 	defer f.mu.Unlock()
-	agent, text, _ := strings.Cut(p.After, "/")
-	var below int64
-	if _, err := fmt.Sscan(text, &below); err != nil || p.Size != 1 {
-		return nil, "", fault.New(fault.Invalid, "the cursor is damaged")
-	}
-	for g := below - 1; g > 0 && g > below-50; g-- {
-		if v, ok := f.versions[versionKey(certificateID, agent, g)]; ok {
-			return []domain.Version{v}, "", nil
+	var list []domain.Version
+	for _, v := range f.versions {
+		if v.CertificateID == certificateID {
+			list = append(list, v)
 		}
 	}
-	return nil, "", fault.New(fault.NotFound, "no certificate is called %q", certificateID)
+	if len(list) == 0 {
+		return nil, "", fault.New(fault.NotFound, "no certificate is called %q", certificateID)
+	}
+	slices.SortFunc(list, func(a, b domain.Version) int {
+		return cmp.Or(-cmp.Compare(a.AgentID, b.AgentID), -cmp.Compare(a.Generation, b.Generation))
+	})
+	from := 0
+	if p.After != "" {
+		n, err := strconv.Atoi(p.After)
+		if err != nil {
+			return nil, "", fault.New(fault.Invalid, "the cursor is damaged")
+		}
+		from = n
+	}
+	if to := from + p.Size; to < len(list) {
+		return list[from:to], strconv.Itoa(to), nil
+	}
+	return list[from:], "", nil
 }
 
 func (f *fakeStore) Audit(_ context.Context, events []domain.AuditEvent) error {

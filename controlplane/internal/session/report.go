@@ -29,6 +29,7 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 	}
 	var prints []string
 	unknown := 0
+	issued := record{s: s, agentID: who.agentID, read: map[string]map[int64]string{}}
 	for last := false; !last; {
 		r, err := wire.Recv()
 		if errors.Is(err, io.EOF) {
@@ -47,7 +48,7 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 		for _, l := range leaves.GetLeaves() {
 			print := domain.HashHex(l.GetCertificate())
 			prints = append(prints, print)
-			known, err := s.onRecord(ctx, who.agentID, l, print)
+			known, err := issued.has(ctx, l, print)
 			if err != nil {
 				return err
 			}
@@ -65,21 +66,59 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 	return wire.SendAndClose(&agentpb.ReportResponse{Unknown: int32(unknown)})
 }
 
-// onRecord reports whether the leaf is the version that was issued to this agent.
-func (s *Server) onRecord(ctx context.Context, agentID string, l *agentpb.HeldLeaf, print string) (bool, error) {
-	if id := l.GetCertificateId(); id == "" || len(id) > maxID || l.GetGeneration() < 1 {
+const (
+	versionsPage = 200
+	// versionsMost bounds the search for one certificate's versions of one agent among those of all its agents.
+	versionsMost = 50 * versionsPage
+)
+
+// record is what was issued to one agent, read once per certificate of a report.
+type record struct {
+	s       *Server
+	agentID string
+	read    map[string]map[int64]string // certificate → generation → fingerprint
+}
+
+// has reports whether the leaf is the version that was issued to the agent.
+func (r *record) has(ctx context.Context, l *agentpb.HeldLeaf, print string) (bool, error) {
+	id := l.GetCertificateId()
+	if id == "" || len(id) > maxID {
 		return false, nil
 	}
-	// The list goes down from the cursor: the first after the next generation is this one.
-	page := domain.PageRequest{Size: 1, After: agentID + "/" + strconv.FormatInt(l.GetGeneration()+1, 10)}
-	all, _, err := s.cfg.Store.Versions(ctx, l.GetCertificateId(), page)
-	switch {
-	case fault.Is(err, fault.NotFound), fault.Is(err, fault.Invalid):
-		return false, nil
-	case err != nil:
-		return false, err
+	known, ok := r.read[id]
+	if !ok {
+		var err error
+		if known, err = r.versions(ctx, id); err != nil {
+			return false, err
+		}
+		r.read[id] = known
 	}
-	return len(all) == 1 && all[0].AgentID == agentID && all[0].Generation == l.GetGeneration() && all[0].Fingerprint == print, nil
+	return known[l.GetGeneration()] == print, nil
+}
+
+// versions reads a certificate's versions; the list goes down by agent, so that it ends after the agent's own.
+func (r *record) versions(ctx context.Context, certificateID string) (map[int64]string, error) {
+	found := map[int64]string{}
+	page := domain.PageRequest{Size: versionsPage}
+	for range versionsMost / versionsPage {
+		all, next, err := r.s.cfg.Store.Versions(ctx, certificateID, page)
+		switch {
+		case fault.Is(err, fault.NotFound), fault.Is(err, fault.Invalid):
+			return found, nil
+		case err != nil:
+			return nil, err
+		}
+		for _, v := range all {
+			if v.AgentID == r.agentID {
+				found[v.Generation] = v.Fingerprint
+			}
+		}
+		if next == "" || len(all) > 0 && all[len(all)-1].AgentID < r.agentID {
+			break
+		}
+		page.After = next
+	}
+	return found, nil
 }
 
 func (s *Server) unknownLeaf(ctx context.Context, who caller, l *agentpb.HeldLeaf, print string) error {

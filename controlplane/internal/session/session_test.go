@@ -606,6 +606,12 @@ func TestReport(t *testing.T) {
 	mine, theirs := fakeVersion("cert_1", h.id, 2), fakeVersion("cert_1", "agt_other", 3)
 	p.store.versions[versionKey("cert_1", h.id, 2)] = mine
 	p.store.versions[versionKey("cert_1", "agt_other", 3)] = theirs
+	// More of others than fit on a page, before and after the agent's own.
+	for i := range 300 {
+		before, after := fmt.Sprintf("agt_zz%03d", i), fmt.Sprintf("agt_aa%03d", i)
+		p.store.versions[versionKey("cert_1", before, 1)] = fakeVersion("cert_1", before, 1)
+		p.store.versions[versionKey("cert_1", after, 1)] = fakeVersion("cert_1", after, 1)
+	}
 	leaves := []*agentpb.HeldLeaf{
 		{CertificateId: "cert_1", Generation: 2, Certificate: mine.DER},
 		{CertificateId: "cert_1", Generation: 3, Certificate: theirs.DER},
@@ -633,6 +639,9 @@ func TestReport(t *testing.T) {
 	r, err := st.CloseAndRecv()
 	if err != nil || r.GetUnknown() != 3 {
 		t.Fatalf("%v, %v", r, err)
+	}
+	if n := p.store.count("Versions"); n != 3 { // two pages of the one certificate, one for the other
+		t.Errorf("versions were read %d times", n)
 	}
 	if n := len(p.store.audited("agent.unknown_leaf")); n != 3 {
 		t.Errorf("%d unknown leaves are in the trail", n)
