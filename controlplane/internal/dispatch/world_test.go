@@ -50,10 +50,9 @@ type world struct {
 
 // entry is an assignment in the agent's journal.
 type entry struct {
-	ref     domain.JobRef
-	class   Class
-	report  *Report // what it said last
-	settled bool
+	ref    domain.JobRef
+	class  Class
+	report *Report // what it said last
 }
 
 func newWorld(fail func(string, ...any)) *world {

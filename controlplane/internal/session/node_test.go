@@ -2,6 +2,8 @@ package session
 
 import (
 	"context"
+	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -120,5 +122,34 @@ func TestStopTwiceAndWithoutStart(t *testing.T) {
 	}
 	if err := s.Stop(context.WithoutCancel(t.Context())); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestIdleStreamsCostTwoGoroutines: the handler and the reader, nothing per stream besides. It runs alone, because it
+// counts the goroutines of the process.
+func TestIdleStreamsCostTwoGoroutines(t *testing.T) { //nolint:paralleltest // see above
+	p := newPlane(t)
+	const n = 20
+	for i := range n {
+		p.host(fmt.Sprint("idle", i)).online()
+	}
+	ours := func() int {
+		stacks := make([]byte, 4<<20)
+		stacks = stacks[:runtime.Stack(stacks, true)]
+		count := 0
+		for g := range strings.SplitSeq(string(stacks), "\n\n") {
+			if strings.Contains(g, "session.(*stream)") || strings.Contains(g, "session.(*Server).Connect") {
+				count++
+			}
+		}
+		return count
+	}
+	eventually(t, "all is quiet", func() bool { return ours() == 2*n })
+	for _, st := range p.srv.of("agt_idle0") {
+		st.mu.Lock()
+		if st.out.queue != nil || st.out.box != nil || st.tasks != 0 {
+			t.Errorf("an idle stream keeps %d messages, %d states, %d tasks", cap(st.out.queue), cap(st.out.box), st.tasks)
+		}
+		st.mu.Unlock()
 	}
 }
