@@ -123,7 +123,7 @@ func (s *site) Undo(_ context.Context, r target.Receipt) error {
 
 // world is one estate in this process: a database, a host's directory, and sites.
 type world struct {
-	t      *testing.T
+	t      testing.TB
 	dsn    string
 	data   string // of the node
 	host   string // of the agent
@@ -393,7 +393,7 @@ func newWorld(t *testing.T, e storetest.Engine) *world {
 }
 
 // newWorldWith puts wrap around the agent's connections, where it sees plain text.
-func newWorldWith(t *testing.T, e storetest.Engine, wrap func(net.Conn) net.Conn) *world {
+func newWorldWith(t testing.TB, e storetest.Engine, wrap func(net.Conn) net.Conn) *world {
 	t.Helper()
 	w := &world{wrap: wrap, t: t, dsn: e.New(t), data: t.TempDir(), host: filepath.Join(t.TempDir(), "agent"), sites: &sites{now: map[string]*x509.Certificate{}},
 		faults: &storetest.Cutter{}}

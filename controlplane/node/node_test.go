@@ -30,7 +30,7 @@ import (
 func TestMain(m *testing.M) { storetest.Main(m) }
 
 // devConfiguration is dev's, on free ports and a directory of the test's own.
-func devConfiguration(t *testing.T, dir string, set map[string]string) *Configuration {
+func devConfiguration(t testing.TB, dir string, set map[string]string) *Configuration {
 	t.Helper()
 	flags := map[string]string{"node.data_dir": dir, "node.id": "n1"}
 	for _, l := range []string{"api", "grpc", "mesh", "pki"} {
@@ -48,7 +48,7 @@ func devConfiguration(t *testing.T, dir string, set map[string]string) *Configur
 
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
-func startDev(t *testing.T, dir string, set map[string]string) *Node {
+func startDev(t testing.TB, dir string, set map[string]string) *Node {
 	t.Helper()
 	n, err := Start(t.Context(), Options{Configuration: devConfiguration(t, dir, set), Mode: Dev, Version: "test", Log: quiet()})
 	if err != nil {
@@ -58,7 +58,7 @@ func startDev(t *testing.T, dir string, set map[string]string) *Node {
 	return n
 }
 
-func stopNode(t *testing.T, n *Node) {
+func stopNode(t testing.TB, n *Node) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
@@ -68,7 +68,7 @@ func stopNode(t *testing.T, n *Node) {
 }
 
 // operator dials the node as certmesh does: with nothing but the profile that dev wrote.
-func operator(t *testing.T, n *Node) (context.Context, *grpc.ClientConn) {
+func operator(t testing.TB, n *Node) (context.Context, *grpc.ClientConn) {
 	t.Helper()
 	data, err := os.ReadFile(n.ClientProfile())
 	if err != nil {

@@ -43,6 +43,9 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 	changes := hub.New()
 	authorities := &authorities{store: n.store, ring: ring}
 	permits := dispatch.NewPermits(n.cfg.Jobs.RenewalConcurrency)
+	if err := metrics.Register(permits); err != nil {
+		return nil, err
+	}
 	pipeline, err := issue.New(issue.Config{Store: n.store, Authority: authorities.issuer, Permits: permits, Clock: n.clk,
 		NewID: id.New, Log: n.log, Metrics: metrics})
 	if err != nil {
