@@ -16,5 +16,6 @@
 //  10. CSRs that are malformed, weakly keyed or wrongly signed do not enrol.
 //  11. streams that begin wrongly, lie about who they are, speak unknown versions or send too much are ended.
 //  12. another agent's assignment is not touched by results, CSRs or acceptances sent for it.
-//  13. names that were not ordered are not signed.
+//  13. names that were not ordered are not signed, nor weak keys.
+//  14. results and CSRs that are sent again change nothing.
 package badinput

@@ -8,9 +8,9 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"io"
@@ -40,6 +40,7 @@ func TestRogueAgent(t *testing.T) {
 	r.begin()
 	r.meddle(p)
 	r.overreach()
+	r.replay()
 }
 
 // rogue is an agent that is one by its identity alone.
@@ -60,7 +61,7 @@ func key(t testing.TB, curve elliptic.Curve) *ecdsa.PrivateKey {
 
 func request(t testing.TB, k crypto.Signer, names ...string) []byte {
 	t.Helper()
-	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{Subject: pkix.Name{CommonName: "rogue"}, DNSNames: names}, k)
+	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{DNSNames: names}, k)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -273,17 +274,23 @@ func (r *rogue) overreach() {
 	own := key(r.T, elliptic.P256())
 	wrong := slices.Clone(request(r.T, own, "own.example.test"))
 	wrong[len(wrong)-1] ^= 1
-	for name, csr := range map[string][]byte{
-		"an extra name": request(r.T, own, "own.example.test", "bank.example.test"), "another name": request(r.T, own, "bank.example.test"),
-		"a weak key": request(r.T, key(r.T, elliptic.P224()), "own.example.test"), "a wrong signature": wrong, "no CSR": []byte("x"),
+	for name, try := range map[string]struct {
+		csr  []byte
+		word string
+	}{
+		"an extra name":     {request(r.T, own, "own.example.test", "bank.example.test"), "bank.example.test"},
+		"another name":      {request(r.T, own, "bank.example.test"), "bank.example.test"},
+		"a weak key":        {request(r.T, key(r.T, elliptic.P224()), "own.example.test"), "P-224"},
+		"a wrong signature": {wrong, "signature"},
+		"no CSR":            {[]byte("x"), "PKCS#10"},
 	} {
 		s := r.connect()
 		m := r.next(s, "an assignment", func(m *agentpb.ConnectResponse) bool { return m.GetAssignment().GetKey() != nil })
 		a := m.GetAssignment()
 		r.OK(s.Send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Accepted{Accepted: &agentpb.Accepted{Id: a.GetId(), Attempt: a.GetAttempt()}}}))
-		r.OK(s.Send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Csr{Csr: &agentpb.Csr{Id: a.GetId(), Attempt: a.GetAttempt(), Csr: csr}}}))
+		r.OK(s.Send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Csr{Csr: &agentpb.Csr{Id: a.GetId(), Attempt: a.GetAttempt(), Csr: try.csr}}}))
 		set := r.next(s, "the refusal of "+name, func(m *agentpb.ConnectResponse) bool { return m.GetSettled().GetId() == a.GetId() }).GetSettled()
-		if set.GetOutcome() != agentpb.Settled_OUTCOME_FAILED || set.GetFailure().GetMessage() == "" {
+		if set.GetOutcome() != agentpb.Settled_OUTCOME_FAILED || !strings.Contains(set.GetFailure().GetMessage(), try.word) {
 			r.T.Errorf("%s: settled as %v: %v", name, set.GetOutcome(), set.GetFailure())
 		}
 		if v := r.Versions("own"); len(v) != 0 {
@@ -302,5 +309,67 @@ func (r *rogue) overreach() {
 			// A refusal for good; the operator orders anew.
 			r.Do("certs", "renew", "own")
 		}
+	}
+}
+
+// replay does its work as it should, once, and reports it many times.
+func (r *rogue) replay() {
+	const name = "again"
+	r.Do("targets", "create", name, "--agent", r.id, "--kind", "file", "--settings", `{"pem_path":"/nowhere/again.pem"}`)
+	r.Do("certs", "create", name, "--dns", "again.example.test", "--issuer", "ca", "--target", name)
+	id := r.Certificate(name).ID
+	s := r.connect()
+	take := func(of func(*agentpb.Assignment) string) *agentpb.Assignment {
+		r.T.Helper()
+		a := r.next(s, "an assignment", func(m *agentpb.ConnectResponse) bool { return m.GetAssignment() != nil && of(m.GetAssignment()) == id }).GetAssignment()
+		r.OK(s.Send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Accepted{Accepted: &agentpb.Accepted{Id: a.GetId(), Attempt: a.GetAttempt()}}}))
+		return a
+	}
+	settled := func(a *agentpb.Assignment, want agentpb.Settled_Outcome) {
+		r.T.Helper()
+		m := r.next(s, "an end", func(m *agentpb.ConnectResponse) bool { return m.GetSettled().GetId() == a.GetId() })
+		if got := m.GetSettled().GetOutcome(); got != want {
+			r.T.Errorf("%s was settled as %v, not %v", a.GetClass(), got, want)
+		}
+	}
+	csr := request(r.T, key(r.T, elliptic.P256()), "again.example.test")
+	k := take(func(a *agentpb.Assignment) string { return a.GetKey().GetCertificateId() })
+	asked := func(attempt int64, csr []byte) {
+		r.T.Helper()
+		r.OK(s.Send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Csr{Csr: &agentpb.Csr{Id: k.GetId(), Attempt: attempt, Csr: csr}}}))
+	}
+	asked(k.GetAttempt(), csr)
+	settled(k, agentpb.Settled_OUTCOME_OK)
+
+	d := take(func(a *agentpb.Assignment) string { return a.GetDeploy().GetCertificateId() })
+	sum := sha256.Sum256(d.GetDeploy().GetChain()[0])
+	done := func(attempt int64, fingerprint []byte) {
+		r.T.Helper()
+		r.OK(s.Send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Result{Result: &agentpb.Result{Id: d.GetId(), Attempt: attempt,
+			Outcome: &agentpb.Result_Deployed{Deployed: &agentpb.Deployed{InstalledFingerprint: fingerprint}}}}}))
+	}
+	done(d.GetAttempt(), sum[:])
+	settled(d, agentpb.Settled_OUTCOME_OK)
+	before := r.Current(name)
+	jobs, err := r.Jobs(r.Ctx, "--certificate", name)
+	r.OK(err)
+
+	other := request(r.T, key(r.T, elliptic.P256()), "again.example.test")
+	for _, attempt := range []int64{k.GetAttempt(), k.GetAttempt() + 1, 1 << 40} {
+		asked(attempt, other)
+		r.next(s, "an answer", func(m *agentpb.ConnectResponse) bool { return m.GetSettled().GetId() == k.GetId() })
+		done(attempt, make([]byte, 32))
+		r.next(s, "an answer", func(m *agentpb.ConnectResponse) bool { return m.GetSettled().GetId() == d.GetId() })
+	}
+	if v := r.Versions(name); len(v) != 1 {
+		r.T.Errorf("what was sent again was signed again: %+v", v)
+	}
+	if after := r.Current(name); after.Placements[0] != before.Placements[0] {
+		r.T.Errorf("what was sent again changed the placement: %+v, before %+v", after.Placements[0], before.Placements[0])
+	}
+	now, err := r.Jobs(r.Ctx, "--certificate", name)
+	r.OK(err)
+	if !slices.Equal(now, jobs) {
+		r.T.Errorf("what was sent again changed the jobs: %+v, before %+v", now, jobs)
 	}
 }

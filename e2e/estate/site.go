@@ -14,6 +14,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"math/big"
 	"net"
 	"net/http"
@@ -230,6 +232,7 @@ func (e *Estate) StartBuiltin(agent, name, host string) (*Site, error) {
 			_, _ = w.Write([]byte("served by the built-in site\n"))
 		}),
 		ReadHeaderTimeout: 5 * time.Second,
+		ErrorLog:          log.New(io.Discard, "", 0), // probes that hang up are no news
 		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS12,
 			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return load() }},
 	}

@@ -27,4 +27,8 @@
 // TestRetire: the stream ends at once, the agent stops and says why, and stays out.
 //
 // TestServe: production mode on PostgreSQL: migrate, config, API key, login, health, readiness, metrics.
+//
+// TestSignals: both daemons end cleanly on SIGINT.
+//
+// TestDemo: the demonstration tells its story, stays up when asked, says what failed, and leaves nothing behind.
 package mainjob

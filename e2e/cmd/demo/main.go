@@ -2,15 +2,18 @@
 // renewed, with what each step took. It uses what a user has: the three binaries and TLS handshakes. Everything lives in
 // a temporary directory and on free loopback ports, and is gone when it ends.
 //
-// KEEP=1 in the environment leaves it running until Ctrl-C and says how to look around.
+// KEEP=1 in the environment leaves it running until Ctrl-C and says how to look around. -bin DIR shows the binaries in
+// DIR instead of building them.
 package main
 
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -18,16 +21,18 @@ import (
 )
 
 func main() {
+	bin := flag.String("bin", "", "show the binaries in this directory instead of building them")
+	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	keep := os.Getenv("KEEP")
-	os.Exit(run(ctx, newPage(os.Stdout), keep != "" && keep != "0"))
+	os.Exit(run(ctx, newPage(os.Stdout), *bin, keep != "" && keep != "0"))
 }
 
 // patience is for all steps together; they take some seconds.
 const patience = 2 * time.Minute
 
-func run(ctx context.Context, out *page, keep bool) int {
+func run(ctx context.Context, out *page, bin string, keep bool) int {
 	dir, err := os.MkdirTemp("", "certmesh-demo")
 	if err != nil {
 		out.fail("prepare", err, "")
@@ -38,9 +43,18 @@ func run(ctx context.Context, out *page, keep bool) int {
 			out.line("could not remove %s: %v", dir, err)
 		}
 	}()
-	d := &demo{out: out, dir: dir, keep: keep}
+	if bin != "" {
+		if bin, err = filepath.Abs(bin); err != nil {
+			out.fail("prepare", err, "")
+			return 1
+		}
+	}
+	d := &demo{out: out, dir: dir, bin: bin}
 	defer d.close()
-	err = d.build(ctx)
+	out.title("certmesh: a certificate from order to renewal, on this machine")
+	if d.bin == "" {
+		err = d.build(ctx)
+	}
 	if err == nil {
 		err = d.play(ctx)
 	}
@@ -76,9 +90,9 @@ func (s *stepError) Error() string { return s.step + ": " + s.err.Error() }
 func (s *stepError) Unwrap() error { return s.err }
 
 type demo struct {
-	out  *page
-	dir  string
-	keep bool
+	out *page
+	// dir holds everything; bin the binaries, empty until they are built.
+	dir, bin string
 
 	estate        *estate.Estate
 	server, agent *estate.Process
@@ -123,22 +137,18 @@ func (d *demo) step(ctx context.Context, name string, do func(context.Context) (
 }
 
 func (d *demo) build(ctx context.Context) error {
-	d.out.title("certmesh: a certificate from order to renewal, on this machine")
-	bin := d.dir + "/bin"
-	if err := os.Mkdir(bin, 0o700); err != nil {
-		return &stepError{"build", err}
-	}
-	root, err := estate.Root()
-	if err != nil {
-		return &stepError{"build", err}
-	}
-	err = d.step(ctx, "build", func(ctx context.Context) (string, error) {
-		return "certmeshd, certmesh-agent, certmesh", estate.Build(ctx, root, bin, os.Stderr, "-trimpath")
+	err := d.step(ctx, "build", func(ctx context.Context) (string, error) {
+		root, err := estate.Root()
+		if err != nil {
+			return "", err
+		}
+		d.bin = filepath.Join(d.dir, "bin")
+		if err := os.Mkdir(d.bin, 0o700); err != nil {
+			return "", err
+		}
+		// As make build does, so that they share what is compiled.
+		return "certmeshd, certmesh-agent, certmesh", estate.Build(ctx, root, d.bin, os.Stderr, "-trimpath")
 	})
-	if err != nil {
-		return err
-	}
 	d.out.gap()
-	d.estate, err = estate.New(estate.Config{Dir: d.dir, Bin: bin})
 	return err
 }

@@ -32,6 +32,10 @@ type seen struct {
 
 // play runs the steps.
 func (d *demo) play(ctx context.Context) error {
+	var err error
+	if d.estate, err = estate.New(estate.Config{Dir: d.dir, Bin: d.bin}); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	d.began = time.Now()
@@ -218,7 +222,7 @@ func (d *demo) invite() {
 	d.out.gap()
 	d.out.line("It stays up until Ctrl-C. To look around, in another terminal:")
 	d.out.gap()
-	d.out.line(`  export PATH="%s/bin:$PATH"`, d.dir)
+	d.out.line(`  export PATH="%s:$PATH"`, d.bin)
 	for _, kv := range d.estate.CLIEnv() {
 		d.out.line("  export %s", kv)
 	}

@@ -56,6 +56,9 @@ func failed(err error) int {
 	return 1
 }
 
+// Bin is the directory of the binaries.
+func Bin() string { return bin }
+
 // Lab is an estate in the hands of one test.
 type Lab struct {
 	*estate.Estate
@@ -78,7 +81,8 @@ func NewFor(t testing.TB, patience time.Duration) *Lab {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e, err := estate.New(estate.Config{Dir: dir, Bin: bin})
+	// A program with the race detector sleeps a second when it ends, unless it is told not to; the tool ends often.
+	e, err := estate.New(estate.Config{Dir: dir, Bin: bin, Env: []string{"GORACE=atexit_sleep_ms=0"}})
 	if err != nil {
 		t.Fatal(err)
 	}
