@@ -403,7 +403,7 @@ func (b *bench) commands() {
 	b.fails("c-strange", "CERTMESH_ALLOW_COMMANDS")
 	b.absent(path(100))
 	b.OK(b.target("c-allowed", map[string]any{"pem_path": path(101), "reload_command": b.allowed}))
-	b.Do("certs", "create", "for-c-allowed", "--dns", "c.example.test", "--issuer", "ca", "--target", "c-allowed", "--wait")
+	b.Do("certs", "create", "for-c-allowed", "--dns", "c.example.test", "--issuer", "ca", "--target", "c-allowed", "--wait", "--wait-timeout", estatetest.Long)
 	if _, err := os.Stat(b.ran); err != nil {
 		b.T.Errorf("the allowed command was not run: %v", err)
 	}

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -51,20 +50,6 @@ func New(cfg Config) (*Estate, error) {
 		return nil, err
 	}
 	return &Estate{cfg: cfg, API: ports[0], GRPC: ports[1], Mesh: ports[2], PKI: ports[3]}, nil
-}
-
-// FreeAddrs returns n distinct loopback addresses that nobody listens on.
-func FreeAddrs(n int) ([]string, error) {
-	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close() // all at the end, so that they are distinct
-		out = append(out, l.Addr().String())
-	}
-	return out, nil
 }
 
 // Path joins elem below the estate's directory.

@@ -213,7 +213,11 @@ func (e *Estate) StartBuiltin(agent, name, host string) (*Site, error) {
 	if err != nil {
 		return nil, err
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addrs, err := FreeAddrs(1)
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", addrs[0])
 	if err != nil {
 		return nil, err
 	}

@@ -10,7 +10,7 @@
 //  3. two agents: two keys, two leaves, neither key on the other host.
 //  4. names of every form reach the certificate; the repeated order with its request id is the same certificate.
 //  5. S/MIME: a message signed with the deployed key verifies under the CA for that purpose.
-//  6. CAs with every key algorithm: openssl verifies what they issue.
+//  6. CAs with other keys than the default: openssl verifies what they issue.
 //  7. a sub-CA from files: openssl verifies the chain up to the foreign root.
 //  8. a short-lived certificate renews by itself.
 //  9. revocation: the CRL over HTTP is the CA's and lists the serial; openssl refuses the certificate by it.

@@ -58,12 +58,18 @@ func TestMainJob(t *testing.T) {
 // order makes a certificate and waits until it is served.
 func (h *hosts) order(name string, args ...string) estate.Certificate {
 	h.T.Helper()
-	h.Do(append([]string{"certs", "create", name, "--wait", "--wait-timeout", "60s"}, args...)...)
+	h.Do(append([]string{"certs", "create", name, "--wait", "--wait-timeout", estatetest.Long}, args...)...)
 	c := h.Certificate(name)
 	if c.Status != "Active" || c.PlacementsCurrent != c.PlacementsTotal || c.PlacementsTotal == 0 {
 		h.T.Fatalf("--wait came back, but %s is %s with %d of %d placements current", name, c.Status, c.PlacementsCurrent, c.PlacementsTotal)
 	}
 	return c
+}
+
+// renew renews a certificate and waits until it is served.
+func (h *hosts) renew(name string) {
+	h.T.Helper()
+	h.Do("certs", "renew", name, "--wait", "--wait-timeout", estatetest.Long)
 }
 
 // fileTarget makes a target of kind file on an agent.
@@ -99,7 +105,7 @@ func (h *hosts) nginx() {
 		h.T.Errorf("the key's mode is %v, not 0600 (%v)", fi.Mode(), err)
 	}
 
-	h.Do("certs", "renew", "web", "--wait")
+	h.renew("web")
 	second := h.LastSerial("web", h.east.ID)
 	if second == first {
 		h.T.Fatal("renewal did not change the serial")
@@ -156,7 +162,7 @@ func (h *hosts) files() {
 	h.OK(err)
 	h.Tool("openssl", "verify", "-CAfile", h.File("files-root.pem", h.roots), "-untrusted", chain, cert)
 
-	h.Do("certs", "renew", "files", "--wait")
+	h.renew("files")
 	if second := check(); second == first {
 		h.T.Error("renewal did not change the serial")
 	}
@@ -200,7 +206,7 @@ func (h *hosts) twoAgents() {
 			h.T.Errorf("the key at %s is not its leaf's", agent)
 		}
 	}
-	h.Do("certs", "renew", "pair", "--wait")
+	h.renew("pair")
 	if n := len(h.Versions("pair")); n != 4 {
 		h.T.Errorf("after one renewal at two agents there are %d versions, not 4", n)
 	}
@@ -247,9 +253,10 @@ func (h *hosts) smime() {
 
 // caKeys is about CAs' keys: what agents make is the profile's, and the profiles that are seeded say ECDSA P-256.
 func (h *hosts) caKeys() {
-	for _, alg := range []string{"ECDSA-P256", "ECDSA-P384", "RSA-3072", "RSA-4096"} {
+	// The others are left to the tests of the CA itself: making RSA keys of 4096 bits with the race detector takes long.
+	for _, alg := range []string{"ECDSA-P384", "RSA-3072"} {
 		name := "ca-" + strings.ToLower(alg)
-		issuer := h.Issuer(name, "--key-algorithm", alg, "--cn", "Root of "+alg)
+		issuer := h.Issuer(name, "--key-algorithm", alg, "--cn", "Root of "+alg, "--timeout", estatetest.Long)
 		path := h.pemTarget("on-"+name, "west")
 		h.order("by-"+name, "--dns", name+".example.test", "--issuer", name, "--target", "on-"+name)
 		h.verify(issuer.ChainPEM, path)

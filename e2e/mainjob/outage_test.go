@@ -233,7 +233,7 @@ func TestIdentity(t *testing.T) {
 	// 3. Both still work.
 	for _, name := range []string{"solo", "off"} {
 		l.pemTarget("at-"+name, name)
-		l.Do("certs", "create", "at-"+name, "--dns", "identity.example.test", "--issuer", "ca", "--target", "at-"+name, "--wait")
+		l.Do("certs", "create", "at-"+name, "--dns", "identity.example.test", "--issuer", "ca", "--target", "at-"+name, "--wait", "--wait-timeout", estatetest.Long)
 	}
 }
 

@@ -93,7 +93,7 @@ func TestServe(t *testing.T) {
 	l.issuer = l.Issuer("ca")
 	path := l.pemTarget("first", "east")
 	l.order("first", "--dns", "first.example.test", "--issuer", "ca", "--target", "first")
-	l.Do("certs", "renew", "first", "--wait")
+	l.renew("first")
 	l.verify(l.issuer.ChainPEM, path)
 
 	// 6. What monitors ask.

@@ -113,7 +113,7 @@ func nginxVersion(ctx context.Context) string {
 func (d *demo) order(ctx context.Context) (string, error) {
 	began := time.Now()
 	_, err := d.estate.CLI(ctx, "certs", "create", certName, "--dns", siteName, "--issuer", caName, "--target", target,
-		"--wait", "--wait-timeout", "30s")
+		"--wait")
 	if err != nil {
 		return "", err
 	}
