@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"maps"
+	"slices"
 	"time"
 
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
@@ -57,7 +58,7 @@ func (s *Store) openAll(ctx context.Context, items []domain.SessionOpen) ([]doma
 			if a.Labels == nil {
 				a.Labels = map[string]string{}
 			}
-			maps.Copy(a.Labels, h.Labels)
+			overlay(a.Labels, h.Labels)
 			a.Facts, a.Capabilities, a.Protocol = h.Facts, h.Capabilities, h.Protocol
 			a.State, a.LastSeen, a.OfflineSince = domain.AgentOnline, domain.Micro(h.At), time.Time{}
 			outs[i].Agent, outs[i].Previous = a, have.previous
@@ -106,6 +107,19 @@ UPDATE agent_identity SET first_used_at = v.at FROM v WHERE agent_identity.seria
 		return err
 	})
 	return outs, err
+}
+
+// maxAgentLabels bounds the labels of an agent, far above what tokens and Hellos carry at once.
+const maxAgentLabels = 128
+
+// overlay lays an agent's labels over the stored ones. Beyond the bound no key is added: an agent that sends other keys
+// each time must not make its row grow for ever.
+func overlay(stored, sent map[string]string) {
+	for _, k := range slices.Sorted(maps.Keys(sent)) {
+		if _, have := stored[k]; have || len(stored) < maxAgentLabels {
+			stored[k] = sent[k]
+		}
+	}
 }
 
 // admit judges a Hello.
@@ -251,8 +265,9 @@ func (s *Store) SessionHolders(ctx context.Context, agentIDs []string) (map[stri
 	return found, err
 }
 
-// FlushSeen writes beats: last_seen never goes back, and a Stale agent is Online again. Beats carry nothing that cannot be
-// lost, so each hundred is its own transaction, at READ COMMITTED.
+// FlushSeen writes beats: last_seen never goes back, and a Stale agent is Online again; so is an Offline one whose session
+// is open and that was heard since: a sweep after an outage calls agents Offline whose streams live. Beats carry nothing
+// that cannot be lost, so each hundred is its own transaction, at READ COMMITTED.
 func (s *Store) FlushSeen(ctx context.Context, seen []domain.Seen) error {
 	return chunks(seen, func(seen []domain.Seen) error {
 		return s.settledAt(ctx, "agent.seen", sql.LevelReadCommitted, func(t *tx) error {
@@ -261,8 +276,13 @@ func (s *Store) FlushSeen(ctx context.Context, seen []domain.Seen) error {
 				v.add(b.AgentID, micro(b.At))
 			}
 			text := v.with()
+			online, offline := v.arg(string(domain.AgentOnline)), v.arg(string(domain.AgentOffline))
+			// A stream that ends beside this sets offline_since, which then is later than its last beat.
+			back := `agent.state = ` + v.arg(string(domain.AgentStale)) + ` OR agent.state = ` + offline + ` AND v.at > agent.offline_since
+ AND EXISTS (SELECT 1 FROM agent_session WHERE agent_session.agent_id = agent.id AND agent_session.holder <> '')`
 			_, err := t.exec(text+`
-UPDATE agent SET last_seen = v.at, state = CASE WHEN agent.state = `+v.arg(string(domain.AgentStale))+` THEN `+v.arg(string(domain.AgentOnline))+` ELSE agent.state END
+UPDATE agent SET last_seen = v.at, state = CASE WHEN `+back+` THEN `+online+` ELSE agent.state END,
+ offline_since = CASE WHEN `+back+` THEN 0 ELSE agent.offline_since END
 FROM v WHERE agent.id = v.k AND agent.last_seen < v.at`, v.args...)
 			return err
 		})
