@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 
@@ -179,6 +180,9 @@ func (s *Server) identity(ctx context.Context, agentID string, csr *ca.CSR, op d
 			return m.chain, nil
 		}
 	}
+	if until, ok := s.issued.mayMake(agentID, op.At, s.identityGap()); !ok {
+		return nil, fault.Limited(until, "this agent was given several identities a moment ago; ask again later")
+	}
 	mesh := s.cfg.Mesh()
 	p, err := mesh.PrepareIdentity(ca.IdentityRequest{PublicKey: csr.PublicKey, Kind: ca.KindAgent, ID: agentID, TTL: s.cfg.IdentityTTL, Now: op.At})
 	if err != nil {
@@ -203,12 +207,17 @@ const (
 	// identityMemory is how long a repeated request gets the same identity.
 	identityMemory = time.Hour
 	maxIdentities  = 4096
+	// identityBurst is how many identities an agent gets in a row, whichever way it asks; then one a gap. Each is a row for
+	// good.
+	identityBurst = 5
 )
 
 // identities remembers what was made lately.
 type identities struct {
 	mu   sync.Mutex
 	made map[identityKey]madeIdentity
+	// rates are by agent.
+	rates map[string]*rate.Limiter
 }
 
 type identityKey struct{ agentID, spki string }
@@ -226,6 +235,21 @@ func (i *identities) get(agentID, spki string, now time.Time) (madeIdentity, boo
 	return m, ok && now.Before(m.until)
 }
 
+// mayMake takes one of the identities that an agent may be given, or says from when on it may.
+func (i *identities) mayMake(agentID string, now time.Time, gap time.Duration) (time.Time, bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	l := i.rates[agentID]
+	if l == nil {
+		if i.rates == nil || len(i.rates) >= maxIdentities {
+			i.rates = map[string]*rate.Limiter{}
+		}
+		l = rate.NewLimiter(rate.Every(gap), identityBurst)
+		i.rates[agentID] = l
+	}
+	return now.Add(gap), l.AllowN(now, 1)
+}
+
 func (i *identities) put(agentID, spki string, m madeIdentity) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -241,6 +265,11 @@ func (i *identities) forget(now time.Time) {
 	for k, m := range i.made {
 		if !now.Before(m.until) {
 			delete(i.made, k)
+		}
+	}
+	for id, l := range i.rates {
+		if l.TokensAt(now) >= identityBurst {
+			delete(i.rates, id)
 		}
 	}
 }

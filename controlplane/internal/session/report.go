@@ -27,6 +27,11 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 	if !s.Holds(who.agentID) {
 		return fault.New(fault.Rejected, "a report belongs to a stream; connect first")
 	}
+	announced, ok := s.held.begin(who.agentID)
+	if !ok {
+		return fault.New(fault.Rejected, "a report was not asked for, or is under way; Welcome says when one is wanted")
+	}
+	defer s.held.end(who.agentID, announced)
 	var prints []string
 	unknown := 0
 	issued := record{s: s, agentID: who.agentID, read: map[string]map[int64]string{}}

@@ -386,11 +386,26 @@ func (s *Server) add(st *stream) error {
 	return nil
 }
 
-// register makes the stream one that is woken, before its session is committed.
-func (s *Server) register(st *stream) {
+// openingMost is how many Hellos of one agent are worked on at the same time: one, and one that follows a connection
+// that broke. The store takes those of one agent one after the other, so more would only keep others out of the gate.
+const openingMost = 2
+
+// register makes the stream one that is woken, before its session is committed. False: too many of the agent's are
+// under way.
+func (s *Server) register(st *stream) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.agents[st.who.agentID] = append(s.agents[st.who.agentID], st)
+	id, opening := st.who.agentID, 0
+	for _, o := range s.agents[id] {
+		if o.epoch == 0 {
+			opening++
+		}
+	}
+	if opening >= openingMost {
+		return false
+	}
+	s.agents[id] = append(s.agents[id], st)
+	return true
 }
 
 // opened notes the committed epoch and returns the streams of the agent that it supersedes. newest is false when one of

@@ -81,6 +81,8 @@ type reported struct {
 	mu    sync.Mutex
 	known map[string][sha256.Size]byte
 	said  map[string][sha256.Size]byte
+	// coming are the agents whose list is being taken in.
+	coming map[string]bool
 }
 
 // maxReported bounds what is remembered; beyond it lists are asked for again.
@@ -102,6 +104,32 @@ func (r *reported) wants(agentID string, count int32, hash []byte) bool {
 	}
 	r.said[agentID] = h
 	return true
+}
+
+// begin says whether the agent's list was asked for and is not being taken in already, and which one is expected. It is
+// read once for each question, because every certificate in it costs reads; end must follow.
+func (r *reported) begin(agentID string) (announced [sha256.Size]byte, ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	announced, ok = r.said[agentID]
+	if !ok || r.coming[agentID] {
+		return announced, false
+	}
+	if r.coming == nil {
+		r.coming = map[string]bool{}
+	}
+	r.coming[agentID] = true
+	return announced, true
+}
+
+// end follows begin. Whatever became of the list, the next one is asked for by a Welcome.
+func (r *reported) end(agentID string, announced [sha256.Size]byte) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.coming, agentID)
+	if r.said[agentID] == announced {
+		delete(r.said, agentID)
+	}
 }
 
 // taken notes that the list was taken in. It counts only if it is the one that Hello announced.

@@ -196,7 +196,11 @@ func (st *stream) admit(h Hello) {
 		return
 	}
 	defer s.gate.Release(1)
-	s.register(st)
+	if !s.register(st) {
+		s.metrics.refused.WithLabelValues("overloaded").Inc()
+		st.end(endOverloaded(jitter(helloRetry)))
+		return
+	}
 	// Its own deadline instead of the stream's: a session that is recorded must not be left behind because the agent hung
 	// up in that moment.
 	ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
