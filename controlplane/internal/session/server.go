@@ -154,10 +154,13 @@ type Server struct {
 	started  bool
 	stopping bool
 	// all are the streams, agents the ones of each agent that have said Hello: usually one, two while one takes over.
-	all     map[*stream]struct{}
-	agents  map[string][]*stream
-	boots   map[string]boots
-	parted  []domain.Seen
+	all    map[*stream]struct{}
+	agents map[string][]*stream
+	boots  map[string]boots
+	parted []domain.Seen
+	// leaving are the streams that were removed and whose last use of the store has not been begun; emptied is closed when
+	// there is no stream, and none leaving.
+	leaving int
 	emptied chan struct{}
 }
 
@@ -236,7 +239,7 @@ func (s *Server) Stop(ctx context.Context) error {
 	s.stopping = true
 	streams := s.listLocked()
 	var emptied chan struct{}
-	if len(s.all) > 0 {
+	if len(s.all)+s.leaving > 0 {
 		if s.emptied == nil {
 			s.emptied = make(chan struct{})
 		}
@@ -430,11 +433,12 @@ func (s *Server) opened(st *stream, epoch domain.Epoch) (older []*stream, newest
 	return older, newest, false
 }
 
-// remove forgets a stream that has ended and returns the epoch under which it was open, 0 if it was not.
+// remove forgets a stream that has ended and returns the epoch under which it was open, 0 if it was not. left must follow.
 func (s *Server) remove(st *stream) domain.Epoch {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.all, st)
+	s.leaving++
 	id := st.who.agentID
 	left := slices.DeleteFunc(s.agents[id], func(o *stream) bool { return o == st })
 	if len(left) == 0 {
@@ -445,11 +449,17 @@ func (s *Server) remove(st *stream) domain.Epoch {
 	if seen, ok := st.unwritten(); ok {
 		s.parted = append(s.parted, seen)
 	}
-	if len(s.all) == 0 && s.emptied != nil {
+	return st.epoch
+}
+
+// left follows remove, once the close of the session waits for the store: Stop waits for the store after this.
+func (s *Server) left() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.leaving--; len(s.all)+s.leaving == 0 && s.emptied != nil {
 		close(s.emptied)
 		s.emptied = nil
 	}
-	return st.epoch
 }
 
 // sweep looks at the deadlines of all streams.

@@ -123,6 +123,7 @@ func (st *stream) close() {
 	if epoch := s.remove(st); epoch > 0 {
 		st.closeSession(epoch)
 	}
+	s.left()
 }
 
 // closeSession records that nobody holds the agent's stream any more, unless somebody took it over.
