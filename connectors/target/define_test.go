@@ -58,7 +58,7 @@ func TestDefine(t *testing.T) {
 		if ps := k.Check(json.RawMessage(doc)); len(ps) > 0 {
 			t.Errorf("%s: %v", doc, ps)
 		}
-		if got := fmt.Sprint(s.Name, s.Count, s.On, s.List, s.Path); got != text {
+		if got := strings.TrimSuffix(fmt.Sprintln(s.Name, s.Count, s.On, s.List, s.Path), "\n"); got != text {
 			t.Errorf("%s: %s, want %s", doc, got, text)
 		}
 		first := s

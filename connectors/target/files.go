@@ -143,7 +143,7 @@ func PathProblem(p string) string {
 	case !filepath.IsAbs(p):
 		return "must be an absolute path, beginning with /"
 	}
-	for _, part := range strings.Split(p, "/") {
+	for part := range strings.SplitSeq(p, "/") {
 		if part == ".." || part == "." {
 			return "contains " + part + "; write the path that is meant"
 		}

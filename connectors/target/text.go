@@ -38,8 +38,7 @@ func clean(s string, lines bool) string {
 
 // Sentence is what a person may read of err: the message of its class, not its causes.
 func Sentence(err error) string {
-	var fe *fault.Error
-	if errors.As(err, &fe) {
+	if fe, ok := errors.AsType[*fault.Error](err); ok {
 		return fe.Message
 	}
 	return printable(err.Error(), 300)

@@ -113,13 +113,15 @@ func TestProbeTLSUnreachable(t *testing.T) {
 	}
 	_ = closed.Close()
 	hold := make(chan struct{})
-	t.Cleanup(func() { close(hold) })
-	for name, addr := range map[string]string{
+	servers := map[string]string{
 		"nobody":  closed.Addr().String(),
 		"silence": serve(t, func(_ int64, c net.Conn) { <-hold }),
 		"garbage": serve(t, func(_ int64, c net.Conn) { _, _ = c.Write([]byte("220 mail\r\n")); <-hold }),
 		"no name": "no-such-host.invalid:443",
-	} {
+	}
+	// Registered last, so that it comes first: serve waits for its answers.
+	t.Cleanup(func() { close(hold) })
+	for name, addr := range servers {
 		_, err := target.ProbeTLS(t.Context(), addr, "", m.Leaf(), target.ProbeOptions{Timeout: 200 * time.Millisecond, Now: now})
 		if !fault.Is(err, fault.Retryable) || !strings.Contains(err.Error(), addr) || !strings.Contains(err.Error(), "no TLS handshake") {
 			t.Errorf("%s: %v", name, err)

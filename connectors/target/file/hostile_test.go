@@ -153,7 +153,7 @@ func TestHostilePaths(t *testing.T) {
 			continue
 		}
 		says := false
-		for _, w := range strings.Split(tr.says, "|") {
+		for w := range strings.SplitSeq(tr.says, "|") {
 			says = says || strings.Contains(err.Error(), w)
 		}
 		if !says {

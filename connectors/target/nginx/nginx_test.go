@@ -7,9 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -140,9 +142,7 @@ func (s *server) reloads(t *testing.T) int {
 func settings(t testing.TB, config string, more map[string]any) json.RawMessage {
 	t.Helper()
 	m := map[string]any{"nginx_path": program, "config_path": config}
-	for k, v := range more {
-		m[k] = v
-	}
+	maps.Copy(m, more)
 	b, err := json.Marshal(m)
 	if err != nil {
 		t.Fatal(err)
@@ -385,7 +385,7 @@ func TestCommandsAreAllowedExactly(t *testing.T) {
 	for name, cs := range map[string][]target.Command{
 		"none": nil, "validation alone": good.Commands[:1], "reload alone": good.Commands[1:],
 		"a prefix":       {good.Commands[0][:4], good.Commands[1][:5]},
-		"one word more":  {append(good.Commands[0][:len(good.Commands[0]):len(good.Commands[0])], "-q"), good.Commands[1]},
+		"one word more":  {append(slices.Clip(good.Commands[0]), "-q"), good.Commands[1]},
 		"one joined":     {{strings.Join(good.Commands[0], " ")}, good.Commands[1]},
 		"another binary": {append(target.Command{"/usr/local/sbin/nginx"}, good.Commands[0][1:]...), good.Commands[1]},
 	} {

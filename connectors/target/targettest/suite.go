@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -258,9 +259,7 @@ func (s *suite) settings(t *testing.T) {
 	for _, d := range s.Kind.Schema {
 		for i, wrong := range []string{`{"x":1}`, `[1]`, `[null]`, `1.5`} {
 			m := map[string]json.RawMessage{}
-			for k, v := range good {
-				m[k] = v
-			}
+			maps.Copy(m, good)
 			m[d.Name] = json.RawMessage(wrong)
 			raw, err := json.Marshal(m)
 			if err != nil {
@@ -269,9 +268,7 @@ func (s *suite) settings(t *testing.T) {
 			bad[fmt.Sprintf("%s %d", d.Name, i)] = raw
 		}
 	}
-	for name, raw := range s.Bad {
-		bad[name] = raw
-	}
+	maps.Copy(bad, s.Bad)
 	for name, raw := range bad {
 		ps := s.Kind.Check(raw)
 		if len(ps) == 0 {

@@ -56,7 +56,7 @@ func access(roots []string, path, field string, st step) (*dir, error) {
 	if rest == "" {
 		return d, nil
 	}
-	for _, name := range strings.Split(rest, "/") {
+	for name := range strings.SplitSeq(rest, "/") {
 		next, err := d.enter(name, field)
 		d.close()
 		if err != nil {
@@ -310,8 +310,7 @@ func (d *dir) names(keep func(string) bool) ([]string, error) {
 
 // trouble classifies an error of the operating system and says what to do about it.
 func trouble(err error, field, format string, args ...any) error {
-	var fe *fault.Error
-	if errors.As(err, &fe) {
+	if _, ok := errors.AsType[*fault.Error](err); ok {
 		return err
 	}
 	what := fmt.Sprintf(format, args...)
@@ -341,12 +340,10 @@ func trouble(err error, field, format string, args ...any) error {
 
 // reason names the operating system's cause without its paths.
 func reason(err error) string {
-	var pe *fs.PathError
-	if errors.As(err, &pe) {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err.Error()
 	}
-	var le *os.LinkError
-	if errors.As(err, &le) {
+	if le, ok := errors.AsType[*os.LinkError](err); ok {
 		return le.Err.Error()
 	}
 	return err.Error()
