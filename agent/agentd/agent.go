@@ -8,6 +8,7 @@ import (
 	"io"
 	mrand "math/rand/v2"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -195,8 +196,8 @@ func (a *agent) close() {
 	if a.engine != nil {
 		a.engine.Stop()
 	}
-	for i := len(a.locks) - 1; i >= 0; i-- {
-		if err := a.locks[i].Close(); err != nil {
+	for _, l := range slices.Backward(a.locks) {
+		if err := l.Close(); err != nil {
 			a.cfg.Log.Warn("lock not given back", "err", err)
 		}
 	}
@@ -400,8 +401,7 @@ func (a *agent) converse(ctx context.Context, addr string) (end stream.End, used
 	c.wg.Wait()
 	if herr := creds.Err(); herr != nil && end.Welcomed.IsZero() {
 		// More precise than what gRPC makes of it.
-		var fe *fault.Error
-		if errors.As(herr, &fe) {
+		if fe, ok := errors.AsType[*fault.Error](herr); ok {
 			end.Err = fe
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -36,9 +37,7 @@ func devConfiguration(t testing.TB, dir string, set map[string]string) *Configur
 	for _, l := range []string{"api", "grpc", "mesh", "pki"} {
 		flags["listen."+l] = "127.0.0.1:0"
 	}
-	for k, v := range set {
-		flags[k] = v
-	}
+	maps.Copy(flags, set)
 	c, err := LoadConfiguration(Dev, "", func(string) (string, bool) { return "", false }, flags)
 	if err != nil {
 		t.Fatal(err)

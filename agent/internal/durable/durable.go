@@ -66,12 +66,10 @@ func writeFile(path string, data []byte, mode fs.FileMode) (err error) {
 
 // Reason names the operating system's cause of err in a few words, without paths.
 func Reason(err error) string {
-	var pe *fs.PathError
-	if errors.As(err, &pe) {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err.Error()
 	}
-	var le *os.LinkError
-	if errors.As(err, &le) {
+	if le, ok := errors.AsType[*os.LinkError](err); ok {
 		return le.Err.Error()
 	}
 	return err.Error()

@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/big"
 	"strings"
 	"sync"
@@ -98,9 +99,7 @@ func (p *place) Activate(ctx context.Context) error {
 			return fault.New(fault.Invalid, "the configuration is bad")
 		}
 	}
-	for n, l := range p.s.held {
-		p.s.active[n] = l
-	}
+	maps.Copy(p.s.active, p.s.held)
 	return nil
 }
 

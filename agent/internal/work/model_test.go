@@ -2,6 +2,7 @@ package work
 
 import (
 	"fmt"
+	"maps"
 	"testing"
 
 	"google.golang.org/protobuf/proto"
@@ -144,9 +145,7 @@ func (w *world) greet() {
 	w.streaming = false
 	w.granted, w.sends = map[agentpb.WorkClass]int{}, map[agentpb.WorkClass]int{}
 	w.step(evGreeted{})
-	for c, n := range w.m.unspent {
-		w.granted[c] = n
-	}
+	maps.Copy(w.granted, w.m.unspent)
 	var vs []*agentpb.Verdict
 	for _, o := range w.m.open() {
 		if e := w.disk[o.GetId()]; e == nil {

@@ -144,8 +144,7 @@ func renamed(err error, name func(string) string) error {
 // sentence is what may be shown of an error: the first classified error's own sentence, with its field. Internal and
 // unclassified errors have none.
 func sentence(err error) string {
-	var all violations
-	if errors.As(err, &all) {
+	if all, ok := errors.AsType[violations](err); ok {
 		return all.Error()
 	}
 	var e *fault.Error

@@ -239,7 +239,7 @@ func (c *Config) problems() []error {
 		}
 	}
 	walk(reflect.ValueOf(c).Elem(), "", func(key string, _ reflect.StructField, v reflect.Value) {
-		if d, ok := v.Interface().(time.Duration); ok && d <= 0 {
+		if d, ok := reflect.TypeAssert[time.Duration](v); ok && d <= 0 {
 			bad(key, "must be above zero")
 		}
 	})

@@ -64,12 +64,10 @@ func mayRepeat(err error) bool {
 		"25P03": // idle_in_transaction_session_timeout: this process was stopped for longer than that
 		return true
 	}
-	var early cutOff
-	if errors.As(err, &early) {
+	if _, ok := errors.AsType[cutOff](err); ok {
 		return true
 	}
-	var lite *sqlite.Error
-	if errors.As(err, &lite) {
+	if lite, ok := errors.AsType[*sqlite.Error](err); ok {
 		c := lite.Code() & 0xff
 		return c == sqlite3.SQLITE_BUSY || c == sqlite3.SQLITE_LOCKED
 	}

@@ -108,8 +108,7 @@ func (s *Store) openServer(dsn string) error {
 	}
 	cfg, err := pgx.ParseConfig(dsn)
 	if err != nil {
-		var bad *pgconn.ParseConfigError
-		if errors.As(err, &bad) {
+		if _, ok := errors.AsType[*pgconn.ParseConfigError](err); ok {
 			return fmt.Errorf("store.dsn: %w", err) // pgx hides the password itself
 		}
 		return errors.New("store.dsn cannot be read")

@@ -303,8 +303,7 @@ func (s *Store) writeCockroach(ctx context.Context, t *tx, tries *int, level sql
 		}
 		return nil
 	})
-	var lost *crdb.AmbiguousCommitError
-	if errors.As(err, &lost) {
+	if _, ok := errors.AsType[*crdb.AmbiguousCommitError](err); ok {
 		return errors.Join(errAmbiguous, err)
 	}
 	if err != nil {

@@ -128,7 +128,7 @@ type valueList struct {
 // values starts a list. columns is "name type, …" with the types text, int, bytes and bool.
 func (t *tx) values(columns string) *valueList {
 	v := &valueList{d: t.s.d}
-	for _, c := range strings.Split(columns, ",") {
+	for c := range strings.SplitSeq(columns, ",") {
 		name, word, _ := strings.Cut(strings.TrimSpace(c), " ")
 		switch word {
 		case "text":
