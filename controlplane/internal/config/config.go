@@ -67,7 +67,7 @@ type Secrets struct {
 // Mesh is the trust between agents and nodes.
 type Mesh struct {
 	TrustDomain string        `yaml:"trust_domain" env:"CERTMESH_TRUST_DOMAIN" default:"certmesh.local" doc:"Trust domain of the SPIFFE ids. It cannot change once agents have joined."`
-	IdentityTTL time.Duration `yaml:"identity_ttl" env:"CERTMESH_IDENTITY_TTL" default:"168h" doc:"Validity of agents' and nodes' identities, 20s to 2160h; they are renewed at half of it."`
+	IdentityTTL time.Duration `yaml:"identity_ttl" env:"CERTMESH_IDENTITY_TTL" default:"168h" doc:"Validity of agents' and nodes' identities, 1m to 2160h; they are renewed at half of it."`
 	Handshakes  int           `yaml:"handshakes" env:"CERTMESH_MESH_HANDSHAKES" default:"64" doc:"Hellos that are worked on at the same time; more are asked to come back."`
 }
 
@@ -204,9 +204,9 @@ func Reference() []Value {
 	return out
 }
 
-// minIdentityTTL leaves a few seconds for a renewal at half of it; values of minutes are for trying out what happens when
+// minIdentityTTL is the shortest validity that the CA signs; values of minutes are for trying out what happens when
 // identities expire.
-const minIdentityTTL = 20 * time.Second
+const minIdentityTTL = time.Minute
 
 func (c *Config) problems() []error {
 	var out []error
@@ -224,7 +224,7 @@ func (c *Config) problems() []error {
 		bad("mesh.trust_domain", "%q is not a SPIFFE trust domain: use lower-case letters, digits, dash, dot, underscore", c.Mesh.TrustDomain)
 	}
 	if c.Mesh.IdentityTTL < minIdentityTTL || c.Mesh.IdentityTTL > 90*24*time.Hour {
-		bad("mesh.identity_ttl", "%s is not between 20s and 2160h", c.Mesh.IdentityTTL)
+		bad("mesh.identity_ttl", "%s is not between 1m and 2160h", c.Mesh.IdentityTTL)
 	}
 	if c.Mesh.Handshakes < 1 {
 		bad("mesh.handshakes", "must be 1 or more")
