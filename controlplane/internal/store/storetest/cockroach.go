@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"context"
 	"os"
 	"strings"
 	"sync"
@@ -50,7 +51,7 @@ func newCockroach(t testing.TB, base string) string {
 	t.Helper()
 	dsn, name := newDatabase(t, base, "")
 	t.Cleanup(func() {
-		if err := dropDatabase(base, name); err != nil {
+		if err := dropDatabase(context.WithoutCancel(t.Context()), base, name); err != nil {
 			t.Error(err)
 		}
 	})

@@ -17,7 +17,9 @@ import (
 	"database/sql"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -80,7 +82,7 @@ func (e Engine) OpenAt(t testing.TB, dsn string, change ...func(*store.Config)) 
 	for _, c := range change {
 		c(&cfg)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	s, err := store.Open(ctx, cfg)
 	if err != nil {
@@ -108,7 +110,43 @@ func (e Engine) SQL(t testing.TB, dsn string) *sql.DB {
 	return db
 }
 
-func newSQLite(t testing.TB) string { return "sqlite:" + filepath.Join(t.TempDir(), "store.db") }
+// lite is a migrated SQLite file, of which each test gets a copy: applying the schema costs more than most tests do.
+var lite struct {
+	sync.Once
+	data []byte
+	err  error
+}
+
+func newSQLite(t testing.TB) string {
+	t.Helper()
+	lite.Do(func() { lite.data, lite.err = migratedSQLite(t) })
+	if lite.err != nil {
+		t.Fatalf("no SQLite file to copy: %v", lite.err)
+	}
+	path := filepath.Join(t.TempDir(), "store.db")
+	if err := os.WriteFile(path, lite.data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return "sqlite:" + path
+}
+
+func migratedSQLite(t testing.TB) ([]byte, error) {
+	path := filepath.Join(t.TempDir(), "template.db")
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
+	defer cancel()
+	s, err := store.Open(ctx, store.Config{DSN: "sqlite:" + path, Observe: observe})
+	if err != nil {
+		return nil, err
+	}
+	// The last connection to close moves the write-ahead log into the file.
+	if err := errors.Join(s.Migrate(ctx), s.Close()); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(path + "-wal"); !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%s-wal is still there", path)
+	}
+	return os.ReadFile(path)
+}
 
 // newDatabase creates a database on the server of base, from a template if one is named, and returns its URL and name.
 func newDatabase(t testing.TB, base, template string) (dsn, name string) {
@@ -120,7 +158,7 @@ func newDatabase(t testing.TB, base, template string) (dsn, name string) {
 	if template != "" {
 		statement += " TEMPLATE " + template
 	}
-	if err := administer(base, statement); err != nil {
+	if err := administer(t.Context(), base, statement); err != nil {
 		t.Fatal(err)
 	}
 	u, err := url.Parse(base)
@@ -131,10 +169,12 @@ func newDatabase(t testing.TB, base, template string) (dsn, name string) {
 	return u.String(), name
 }
 
-func dropDatabase(base, name string) error { return administer(base, "DROP DATABASE "+name) }
+func dropDatabase(ctx context.Context, base, name string) error {
+	return administer(ctx, base, "DROP DATABASE "+name)
+}
 
-func administer(base, statement string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+func administer(ctx context.Context, base, statement string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	admin, err := sql.Open("pgx", base)
 	if err != nil {

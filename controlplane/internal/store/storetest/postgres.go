@@ -42,11 +42,12 @@ var template = "certmesh_template_" + strconv.Itoa(os.Getpid())
 func Main(m *testing.M) {
 	code := m.Run()
 	stopCockroach()
-	if err := stopPostgres(); err != nil {
+	//nolint:forbidigo // the tests' contexts have ended
+	if err := stopPostgres(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, "storetest:", err)
 		code = max(code, 1)
 	}
-	os.Exit(code)
+	os.Exit(code) //nolint:forbidigo // it is the main of test binaries
 }
 
 func newPostgres(t testing.TB) string {
@@ -54,7 +55,7 @@ func newPostgres(t testing.TB) string {
 	server.Lock()
 	defer server.Unlock()
 	if server.base == "" && server.err == nil {
-		server.base, server.err = startPostgres()
+		server.base, server.err = startPostgres(t.Context())
 	}
 	if server.err != nil {
 		t.Fatalf("no PostgreSQL to test on: %v; install postgresql or set CERTMESH_TEST_POSTGRES", server.err)
@@ -75,7 +76,7 @@ func newPostgres(t testing.TB) string {
 		}
 	}
 	t.Cleanup(func() {
-		if err := empty(dsn); err != nil {
+		if err := empty(context.WithoutCancel(t.Context()), dsn); err != nil {
 			t.Errorf("the database cannot be used again: %v", err)
 			return
 		}
@@ -87,8 +88,8 @@ func newPostgres(t testing.TB) string {
 }
 
 // empty deletes all rows but those that say what was migrated.
-func empty(dsn string) error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+func empty(ctx context.Context, dsn string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	db, err := sql.Open("pgx", dsn)
 	if err != nil {
@@ -106,9 +107,9 @@ func empty(dsn string) error {
 // makeTemplate makes the database with the migrated schema of which each test gets a copy.
 func makeTemplate(t testing.TB) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	if err := administer(server.base, "CREATE DATABASE "+template); err != nil {
+	if err := administer(ctx, server.base, "CREATE DATABASE "+template); err != nil {
 		t.Fatal(err)
 	}
 	if server.process == nil {
@@ -171,7 +172,7 @@ func credential() (*syscall.Credential, error) {
 	return nil, errors.New("PostgreSQL does not run as root, and there is neither a user postgres nor nobody")
 }
 
-func startPostgres() (string, error) {
+func startPostgres(ctx context.Context) (string, error) {
 	if base := os.Getenv("CERTMESH_TEST_POSTGRES"); base != "" {
 		return base, nil
 	}
@@ -193,7 +194,7 @@ func startPostgres() (string, error) {
 		}
 	}
 	data := filepath.Join(server.dir, "data")
-	initdb := exec.Command(filepath.Join(bin, "initdb"), "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
+	initdb := exec.CommandContext(ctx, filepath.Join(bin, "initdb"), "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale", "--no-sync")
 	initdb.SysProcAttr = &syscall.SysProcAttr{Credential: cred}
 	initdb.Dir = server.dir
 	if out, err := initdb.CombinedOutput(); err != nil {
@@ -203,7 +204,8 @@ func startPostgres() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cmd := exec.Command(filepath.Join(bin, "postgres"), "-D", data, "-k", server.dir, "-c", "listen_addresses=",
+	// It serves the tests after this one too.
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), filepath.Join(bin, "postgres"), "-D", data, "-k", server.dir, "-c", "listen_addresses=",
 		"-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off", "-c", "max_connections=300",
 		"-c", "shared_buffers=64MB", "-c", "autovacuum=off", "-c", "wal_level=minimal", "-c", "max_wal_senders=0")
 	cmd.Dir = server.dir
@@ -226,7 +228,7 @@ func startPostgres() (string, error) {
 	}
 	server.process = cmd.Process
 	base := "postgres://postgres@/postgres?host=" + url.QueryEscape(server.dir)
-	if err := answers(base); err != nil {
+	if err := answers(ctx, base); err != nil {
 		text, _ := os.ReadFile(log.Name())
 		return "", fmt.Errorf("%w\n%s", err, text)
 	}
@@ -234,7 +236,7 @@ func startPostgres() (string, error) {
 }
 
 // answers waits until the server does.
-func answers(base string) error {
+func answers(ctx context.Context, base string) error {
 	db, err := sql.Open("pgx", base)
 	if err != nil {
 		return err
@@ -244,7 +246,7 @@ func answers(base string) error {
 	defer tick.Stop()
 	deadline := time.After(30 * time.Second)
 	for {
-		if err = db.Ping(); err == nil {
+		if err = db.PingContext(ctx); err == nil {
 			return nil
 		}
 		select {
@@ -257,11 +259,11 @@ func answers(base string) error {
 	}
 }
 
-func stopPostgres() error {
+func stopPostgres(ctx context.Context) error {
 	server.Lock()
 	defer server.Unlock()
 	for _, name := range server.foreign {
-		if err := dropDatabase(server.base, name); err != nil {
+		if err := dropDatabase(ctx, server.base, name); err != nil {
 			return err
 		}
 	}

@@ -27,7 +27,7 @@ func TestAnyOrderKeepsTheInvariants(t *testing.T) {
 			steps := rapid.IntRange(8, 40).Draw(rt, "steps")
 			for range steps {
 				m.step(rt)
-				broken, err := m.w.Broken(m.w.DB(t))
+				broken, err := m.w.Broken(t.Context(), m.w.DB(t))
 				if err != nil {
 					rt.Fatal(err)
 				}

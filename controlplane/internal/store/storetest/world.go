@@ -269,7 +269,7 @@ UNION ALL SELECT intent.id FROM intent LEFT JOIN version ON intent.certificate_i
 // Check holds the rows against the invariants of ARCHITECTURE.md section 5.
 func (w *World) Check(t testing.TB) {
 	t.Helper()
-	broken, err := w.Broken(w.DB(t))
+	broken, err := w.Broken(t.Context(), w.DB(t))
 	must(t, err)
 	for _, b := range broken {
 		t.Errorf("broken: %s", b)
@@ -277,8 +277,8 @@ func (w *World) Check(t testing.TB) {
 }
 
 // Broken lists the breaches of the invariants.
-func (w *World) Broken(db *sql.DB) ([]string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+func (w *World) Broken(ctx context.Context, db *sql.DB) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	var broken []string
 	for _, r := range rules {
