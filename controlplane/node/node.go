@@ -178,6 +178,8 @@ func (n *Node) Stop(ctx context.Context) error {
 		}
 		n.done.Wait()
 		if n.store != nil {
+			stopCut := context.AfterFunc(ctx, n.store.Cut)
+			defer stopCut()
 			if err := n.store.Close(); err != nil {
 				errs = append(errs, fmt.Errorf("close the store: %w", err))
 			}

@@ -167,7 +167,7 @@ func (b *batch[I, O]) try(work []*entry[I, O]) (err error) {
 	for i, e := range work {
 		items[i] = e.item
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), batchTimeout)
+	ctx, cancel := context.WithTimeout(b.s.shared, batchTimeout)
 	defer cancel()
 	outs, err := b.run(ctx, items)
 	if err != nil {

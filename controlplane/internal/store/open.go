@@ -53,7 +53,10 @@ type Store struct {
 	lite           *litePool // SQLite
 
 	batches batches
-	close   sync.Once
+	// shared is the context of the transactions that callers share; cut ends them.
+	shared context.Context
+	cut    context.CancelFunc
+	close  sync.Once
 }
 
 const (
@@ -79,6 +82,7 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		cfg.MaxReaders = defaultReaders
 	}
 	s := &Store{cfg: cfg, log: cfg.Log, newID: cfg.NewID, metrics: newMetrics(cfg.Metrics)}
+	s.shared, s.cut = context.WithCancel(context.Background()) //nolint:forbidigo // the store's own life, which Cut ends
 	scheme, rest, _ := strings.Cut(cfg.DSN, ":")
 	var err error
 	switch scheme {
@@ -144,11 +148,16 @@ func (s *Store) Ping(ctx context.Context) error {
 	})
 }
 
+// Cut makes what still runs or waits for a shared commit fail, so that Close need not wait for a database that does not
+// answer. Whether a commit under way was kept is not known then, as after a crash.
+func (s *Store) Cut() { s.cut() }
+
 // Close waits for running transactions and closes the connections. What is called afterwards fails.
 func (s *Store) Close() error {
 	var err error
 	s.close.Do(func() {
 		s.batches.stop()
+		s.cut()
 		if s.lite != nil {
 			err = s.lite.close()
 			return
