@@ -138,7 +138,7 @@ func (a *agent) open(ctx context.Context) error {
 			if err := durable.PrivateDir(dir); err != nil {
 				return err
 			}
-			l, err := durable.Lock(filepath.Join(dir, lockFile))
+			l, err := durable.Lock(ctx, filepath.Join(dir, lockFile))
 			if err != nil {
 				return err
 			}
@@ -268,7 +268,7 @@ func (a *agent) settings(s *agentpb.Settings) {
 
 // serve holds one conversation after another.
 func (a *agent) serve(ctx context.Context) error {
-	route, addr := stream.Route{Seeds: a.cfg.Servers}.Start(mrand.Float64())
+	route, addr := stream.Route{Seeds: a.cfg.Servers}.Start(mrand.Float64()) //nolint:gosec // spreads agents, hides nothing
 	for {
 		end, err := a.turn(ctx, addr)
 		if err != nil || ctx.Err() != nil {
@@ -327,7 +327,7 @@ func (a *agent) turn(ctx context.Context, addr string) (stream.End, error) {
 	}
 	end, used, alerted := a.converse(ctx, addr)
 	if ctx.Err() != nil {
-		return end, nil
+		return end, nil //nolint:nilerr // to be stopped is no failure
 	}
 	if g := end.Goodbye; g.GetPermanent() {
 		return end, a.expelled(used, g)

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -54,7 +55,7 @@ func (c *conversation) Hello() *agentpb.Hello {
 	}
 	h.Open, h.Credits = a.engine.Greet()
 	leaves := a.leaves()
-	h.LeafCount, h.LeavesHash = int32(len(leaves)), hashLeaves(leaves)
+	h.LeafCount, h.LeavesHash = int32(min(len(leaves), math.MaxInt32)), hashLeaves(leaves)
 	if proto.Size(h) > stream.MaxMessage {
 		// The server then sends every state again; what is open must not be left out.
 		h.States = nil
@@ -215,7 +216,9 @@ func (c *conversation) issued(m *agentpb.IdentityIssued) {
 }
 
 // spread keeps agents that were refused together from asking together.
-func spread(d time.Duration) time.Duration { return d + time.Duration(rand.Float64()*float64(d)) }
+func spread(d time.Duration) time.Duration {
+	return d + time.Duration(rand.Float64()*float64(d)) //nolint:gosec // spreads agents, hides nothing
+}
 
 const (
 	// reportChunk leaves room for a message's frame below the limit; leaves have one to three KiB.

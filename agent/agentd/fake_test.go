@@ -338,9 +338,6 @@ func goodbyeOf(m *agentpb.ConnectRequest) (*agentpb.Goodbye, bool) {
 func identityOf(m *agentpb.ConnectRequest) (*agentpb.IdentityCsr, bool) {
 	return m.GetIdentityCsr(), m.GetIdentityCsr() != nil
 }
-func creditOf(m *agentpb.ConnectRequest) (*agentpb.Credit, bool) {
-	return m.GetCredit(), m.GetCredit() != nil
-}
 
 // running is an agent in this process.
 type running struct {

@@ -5,6 +5,7 @@
 package durable
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -98,7 +99,7 @@ func PrivateDir(dir string) error {
 	if st.Mode().Perm()&0o077 == 0 {
 		return nil
 	}
-	if err := os.Chmod(dir, 0o700); err != nil {
+	if err := os.Chmod(dir, 0o700); err != nil { //nolint:gosec // a directory is entered by its x bits
 		return fault.Wrap(fault.Retryable, err, "the directory %s is open to others (mode %04o) and cannot be closed (%s); make it 0700 and owned by the agent's user",
 			dir, st.Mode().Perm(), Reason(err))
 	}
@@ -131,15 +132,20 @@ const (
 )
 
 // Lock takes an exclusive lock on path for the life of the returned file; it is a Conflict when another process (or
-// another agent of this one) holds it. Closing the file gives it back; so does the end of the process.
-func Lock(path string) (*os.File, error) {
+// another agent of this one) holds it, and the context's error when ctx ends first. Closing the file gives it back; so does the end of the process.
+func Lock(ctx context.Context, path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fault.Wrap(fault.Retryable, err, "the lock file %s cannot be opened (%s)", path, Reason(err))
 	}
 	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	for try := 0; errors.Is(err, unix.EWOULDBLOCK) && try < lockTries; try++ {
-		time.Sleep(lockPause)
+		select {
+		case <-time.After(lockPause):
+		case <-ctx.Done():
+			_ = f.Close()
+			return nil, ctx.Err()
+		}
 		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 	}
 	if err != nil {
@@ -162,7 +168,7 @@ func Held(path string) (bool, error) {
 	defer func() { _ = f.Close() }()
 	// Shared, so that two lookers do not see each other.
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
-		return true, nil //nolint:nilerr // being held is the answer
+		return true, nil // being held is the answer
 	}
 	return false, nil
 }

@@ -138,11 +138,11 @@ func TestLock(t *testing.T) {
 	if held, err := Held(path); held || err != nil {
 		t.Errorf("%v, %v", held, err)
 	}
-	l, err := Lock(path)
+	l, err := Lock(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Lock(path); !fault.Is(err, fault.Conflict) {
+	if _, err := Lock(t.Context(), path); !fault.Is(err, fault.Conflict) {
 		t.Errorf("locked twice: %v", err)
 	}
 	if held, err := Held(path); !held || err != nil {
@@ -162,7 +162,7 @@ func TestLock(t *testing.T) {
 			}
 		})
 	}
-	l, err = Lock(path)
+	l, err = Lock(t.Context(), path)
 	wg.Wait()
 	if err != nil {
 		t.Fatal(err)

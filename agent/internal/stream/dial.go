@@ -36,7 +36,6 @@ func Dial(addr string, creds credentials.TransportCredentials, dial DialFunc, us
 		grpc.WithTransportCredentials(creds),
 		grpc.WithReadBufferSize(1 << 10),
 		grpc.WithWriteBufferSize(4 << 10),
-		grpc.WithSharedWriteBuffer(true),
 		// Fixed windows: the estimator that grows them sends pings of its own.
 		grpc.WithInitialWindowSize(64 << 10),
 		grpc.WithInitialConnWindowSize(128 << 10),

@@ -187,7 +187,7 @@ func (s *Session) moved(m *agentpb.Move) {
 	s.mu.Lock()
 	s.move = m
 	s.mu.Unlock()
-	s.after(time.Duration(rand.Float64()*float64(window)), s.Leave)
+	s.after(time.Duration(rand.Float64()*float64(window)), s.Leave) //nolint:gosec // spreads agents, hides nothing
 }
 
 // Leave ends the stream in order, to connect again at once: what is queued is sent first.
@@ -262,7 +262,7 @@ type sender interface {
 // sendAll is the stream's only sender: grpc's Send may not be called by two goroutines, and it blocks.
 func (s *Session) sendAll(ctx context.Context, st agentpb.AgentService_ConnectClient) {
 	// The first beat comes somewhere in the interval, so that agents that arrived together do not beat together.
-	beat := s.cfg.Clock.NewTimer(time.Duration(rand.Float64() * float64(s.interval())))
+	beat := s.cfg.Clock.NewTimer(time.Duration(rand.Float64() * float64(s.interval()))) //nolint:gosec // spreads agents, hides nothing
 	defer beat.Stop()
 	for {
 		m, done, full := s.out.next()

@@ -273,7 +273,7 @@ func (d *deployment) verify(ctx context.Context, timeout time.Duration) (target.
 	}
 	ctx, cancel := context.WithTimeout(ctx, max(timeout, time.Second))
 	defer cancel()
-	until := time.Now().Add(timeout)
+	until := d.e.cfg.Now().Add(timeout)
 	for wait := verifyFirst; ; wait = min(2*wait, verifyLast) {
 		p, err := look(ctx)
 		want := d.mat.Leaf()
@@ -283,7 +283,7 @@ func (d *deployment) verify(ctx context.Context, timeout time.Duration) (target.
 		if err == nil {
 			return p, nil
 		}
-		if !time.Now().Add(wait).Before(until) {
+		if !d.e.cfg.Now().Add(wait).Before(until) {
 			return target.Proof{}, err
 		}
 		t := time.NewTimer(wait)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -184,7 +185,7 @@ func (e *Engine) Greet() ([]*agentpb.OpenAssignment, []*agentpb.Credit) {
 	var credits []*agentpb.Credit
 	for _, c := range e.model.classes() {
 		if n := e.model.unspent[c]; n > 0 {
-			credits = append(credits, &agentpb.Credit{Class: c, Amount: int32(n)})
+			credits = append(credits, &agentpb.Credit{Class: c, Amount: int32(min(n, math.MaxInt32))})
 		}
 	}
 	return e.model.open(), credits

@@ -335,13 +335,13 @@ func (f *fullJournal) err() error {
 	return nil
 }
 
-func (f *fullJournal) Put(e *journal.Entry) error { return errors.Join(f.err(), f.ifOK(e)) }
-func (f *fullJournal) ifOK(e *journal.Entry) error {
-	if f.err() != nil {
-		return nil
+func (f *fullJournal) Put(e *journal.Entry) error {
+	if err := f.err(); err != nil {
+		return err
 	}
 	return f.Memory.Put(e)
 }
+
 func (f *fullJournal) Probe() error { return f.err() }
 
 // TestFullDisk: nothing is accepted, nothing is lost, and credit comes back with the space.

@@ -3,6 +3,7 @@ package work
 import (
 	"cmp"
 	"encoding/json"
+	"math"
 	"slices"
 
 	"github.com/certmesh/certmesh/agent/internal/journal"
@@ -158,7 +159,7 @@ func (m *model) grant() []any {
 		if n := m.ready(c); n > 0 {
 			m.unspent[c] += n
 			out = append(out, doSend{&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Credit{
-				Credit: &agentpb.Credit{Class: c, Amount: int32(n)}}}})
+				Credit: &agentpb.Credit{Class: c, Amount: int32(min(n, math.MaxInt32))}}}})
 		}
 	}
 	return out
