@@ -144,7 +144,7 @@ func TestDefineDefects(t *testing.T) {
 		A string `doc:"A."`
 	}](t)
 	panics[struct {
-		a string `doc:"A."` //nolint:unused // that is what is tested
+		a string `doc:"A."` // that is what is tested
 	}](t)
 	panics[struct {
 		A float64 `json:"a" doc:"A."`

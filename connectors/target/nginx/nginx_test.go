@@ -31,7 +31,7 @@ type server struct {
 	addresses    []string
 	proc         *exec.Cmd
 	out          bytes.Buffer
-	waited       chan error
+	waited       chan struct{}
 }
 
 // newServer writes a configuration with one TLS site per certificate and key file; it does not start it.
@@ -95,16 +95,18 @@ func (s *server) start(t *testing.T) {
 	if err := s.proc.Start(); err != nil {
 		t.Fatal(err)
 	}
-	s.waited = make(chan error, 1)
-	go func() { s.waited <- s.proc.Wait() }()
+	s.waited = make(chan struct{})
+	go func() {
+		defer close(s.waited)
+		_ = s.proc.Wait() // the state says how it ended
+	}()
 	t.Cleanup(func() { s.stop(t) })
 	deadline := time.Now().Add(10 * time.Second)
 	for _, a := range s.addresses {
 		for targettest.ServesNow(t, a) == 0 {
 			select {
-			case err := <-s.waited:
-				s.waited <- err
-				t.Fatalf("nginx ended: %v\n%s", err, s.out.String())
+			case <-s.waited:
+				t.Fatalf("nginx ended: %s\n%s", s.proc.ProcessState, s.out.String())
 			case <-time.After(10 * time.Millisecond):
 			}
 			if time.Now().After(deadline) {
