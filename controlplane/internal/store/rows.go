@@ -93,14 +93,6 @@ func (r *placementRow) toDomain() domain.Placement {
 	return p
 }
 
-func scanPlacement(scan scanner) (domain.Placement, error) {
-	var r placementRow
-	if err := scan(r.dest()...); err != nil {
-		return domain.Placement{}, err
-	}
-	return r.toDomain(), nil
-}
-
 const versionColumns = `version.issuer_id, version.serial, version.certificate_id, version.agent_id, version.generation,
  version.der, version.chain, version.fingerprint, version.spki, version.key_algorithm, version.not_before, version.not_after,
  version.revoked_at, version.revocation_reason, version.created_at`

@@ -131,8 +131,6 @@ func (t *tx) each(query string, args []any, fn func(scan func(dest ...any) error
 	return r.Close()
 }
 
-func (t *tx) dialect() *dialect { return t.s.d }
-
 // audit adds a row to the trail; all of a transaction's rows are written together at its end. An empty Outcome means
 // "ok". The id is the store's.
 func (t *tx) audit(e domain.AuditEvent) error {
@@ -187,15 +185,9 @@ func (t *tx) do(fn func(*tx) error) error {
 	return t.flushTrail()
 }
 
-// tx runs fn in a SERIALIZABLE transaction, again as a whole when it met another one (40001, 40P01, SQLITE_BUSY), at
-// most maxTries times and until ctx ends. A commit without an answer returns an error that errors.Is errAmbiguous; use
-// settled for methods that can recognise what they wrote.
-func (s *Store) tx(ctx context.Context, name string, fn func(t *tx) error) error {
-	return classify(name, s.write(ctx, name, sql.LevelSerializable, false, fn))
-}
-
-// settled is tx for methods that are safe to run again: after a commit without an answer fn runs once more with again
-// set, and answers from the natural key of what it would have written when that is there.
+// settled runs fn in a SERIALIZABLE transaction, again as a whole when it met another one (40001, 40P01, SQLITE_BUSY), at
+// most maxTries times and until ctx ends. After a commit without an answer fn runs once more with again set, and answers
+// from the natural key of what it would have written when that is there.
 func (s *Store) settled(ctx context.Context, name string, fn func(t *tx) error) error {
 	return s.settledAt(ctx, name, sql.LevelSerializable, fn)
 }
@@ -219,7 +211,7 @@ func (s *Store) settledAt(ctx context.Context, name string, level sql.IsolationL
 }
 
 func (s *Store) write(ctx context.Context, name string, level sql.IsolationLevel, again bool, fn func(t *tx) error) error {
-	begun := time.Now()
+	begun := s.cfg.Now()
 	t := &tx{ctx: ctx, s: s, name: name, again: again}
 	var err error
 	tries := 0
@@ -241,7 +233,7 @@ func (s *Store) write(ctx context.Context, name string, level sql.IsolationLevel
 			}
 		}
 	}
-	s.metrics.done(name, err, tries, time.Since(begun))
+	s.metrics.done(name, err, tries, s.cfg.Now().Sub(begun))
 	return err
 }
 
@@ -360,7 +352,7 @@ func (s *Store) commitFault(t *tx) (keep bool, err error) {
 
 // read runs fn on a read-only snapshot from the reader pool. It may run more than once.
 func (s *Store) read(ctx context.Context, name string, fn func(t *tx) error) error {
-	begun := time.Now()
+	begun := s.cfg.Now()
 	t := &tx{ctx: ctx, s: s, name: name}
 	var err error
 	tries := 1
@@ -378,7 +370,7 @@ func (s *Store) read(ctx context.Context, name string, fn func(t *tx) error) err
 			break
 		}
 	}
-	s.metrics.done(name, err, tries, time.Since(begun))
+	s.metrics.done(name, err, tries, s.cfg.Now().Sub(begun))
 	return classify(name, err)
 }
 

@@ -206,6 +206,22 @@ func TestAPIKeys(t *testing.T) {
 		refused(t, x.CreateAPIKey(x.ctx, k, x.op()), fault.Conflict, `"alice" is taken`)
 		k.Hash = []byte("short")
 		refused(t, x.CreateAPIKey(x.ctx, k, x.op()), fault.Invalid, "hash")
+		for range 2 { // the second time changes nothing
+			revoked, err := x.RevokeAPIKey(x.ctx, "alice", x.op())
+			x.must(err)
+			if !revoked.RevokedAt.Equal(x.now) || revoked.Hash != nil {
+				t.Errorf("%+v", revoked)
+			}
+		}
+		got, err = x.APIKeyByHash(x.ctx, digest("k"))
+		x.must(err)
+		all, err := x.APIKeys(x.ctx)
+		x.must(err)
+		if !got.RevokedAt.Equal(x.now) || len(all) != 1 || all[0].Name != "alice" || all[0].Hash != nil {
+			t.Errorf("%+v %+v", got, all)
+		}
+		_, err = x.RevokeAPIKey(x.ctx, "bob", x.op())
+		refused(t, err, fault.NotFound, "bob")
 	})
 }
 
