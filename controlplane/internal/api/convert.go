@@ -3,6 +3,7 @@ package api
 import (
 	"encoding/pem"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -51,17 +52,20 @@ func policyOf(p *operatorpb.RenewalPolicy) domain.Policy {
 func policyPB(p domain.Policy) *operatorpb.RenewalPolicy {
 	out := &operatorpb.RenewalPolicy{Fraction: p.Fraction, Disabled: p.Disabled}
 	for _, d := range p.AlertThresholdsDays {
-		out.AlertThresholdsDays = append(out.AlertThresholdsDays, int32(d))
+		out.AlertThresholdsDays = append(out.AlertThresholdsDays, int32Of(d))
 	}
 	for _, w := range p.Windows {
-		window := &operatorpb.RenewalWindow{StartMinute: int32(w.Start), EndMinute: int32(w.End)}
+		window := &operatorpb.RenewalWindow{StartMinute: int32Of(w.Start), EndMinute: int32Of(w.End)}
 		for _, d := range w.Days {
-			window.Days = append(window.Days, int32(d))
+			window.Days = append(window.Days, int32Of(d))
 		}
 		out.Windows = append(out.Windows, window)
 	}
 	return out
 }
+
+// int32Of is a number of the store as messages carry it; one that does not fit is the greatest that does.
+func int32Of[N int | int64](n N) int32 { return int32(max(min(n, math.MaxInt32), math.MinInt32)) }
 
 func certificatePB(c domain.Certificate, n domain.PlacementCounts) *operatorpb.Certificate {
 	return &operatorpb.Certificate{
@@ -71,7 +75,7 @@ func certificatePB(c domain.Certificate, n domain.PlacementCounts) *operatorpb.C
 		},
 		IssuerId: c.IssuerID, ProfileId: c.ProfileID, Owner: c.Owner, Policy: policyPB(c.Policy), Status: string(c.Status),
 		NotAfter: stamp(c.NotAfter), CreatedAt: stamp(c.CreatedAt), UpdatedAt: stamp(c.UpdatedAt), Revision: c.Revision,
-		PlacementsCurrent: int32(n.Current), PlacementsTotal: int32(n.Total),
+		PlacementsCurrent: int32Of(n.Current), PlacementsTotal: int32Of(n.Total),
 	}
 }
 
@@ -111,7 +115,7 @@ func current(p domain.Placement, wanted int64) bool {
 func leafPB(l domain.Leaf) *operatorpb.Leaf {
 	return &operatorpb.Leaf{
 		AgentId: l.AgentID, Generation: l.Current, OrderedGeneration: l.Generation, Serial: l.Serial,
-		NotBefore: stamp(l.NotBefore), NotAfter: stamp(l.NotAfter), DueAt: stamp(l.DueAt), Failures: int32(l.Failures),
+		NotBefore: stamp(l.NotBefore), NotAfter: stamp(l.NotAfter), DueAt: stamp(l.DueAt), Failures: int32Of(l.Failures),
 		BackoffUntil: stamp(l.BackoffUntil), LastError: l.LastError,
 	}
 }
@@ -140,7 +144,7 @@ func versionPB(v domain.Version) *operatorpb.Version {
 func jobPB(j domain.Job) *operatorpb.Job {
 	return &operatorpb.Job{
 		Id: j.ID, Kind: string(j.Kind), State: string(j.State), CertificateId: j.CertificateID, AgentId: j.AgentID,
-		TargetId: j.TargetID, Generation: j.Generation, Attempt: j.Attempt, Tries: int32(j.Tries), MaxTries: int32(j.MaxTries),
+		TargetId: j.TargetID, Generation: j.Generation, Attempt: j.Attempt, Tries: int32Of(j.Tries), MaxTries: int32Of(j.MaxTries),
 		RunAt: stamp(j.RunAt), ErrorClass: j.ErrorClass, Error: j.Error, Reason: j.Reason, CreatedAt: stamp(j.CreatedAt),
 		UpdatedAt: stamp(j.UpdatedAt), FinishedAt: stamp(j.FinishedAt), RequestId: j.RequestID,
 	}

@@ -31,7 +31,7 @@ func (a system) GetStatus(ctx context.Context, _ *operatorpb.GetStatusRequest) (
 		return nil, err
 	}
 	return &operatorpb.GetStatusResponse{
-		NodeId: a.Node.ID, Version: a.Node.Version, Store: a.Node.Store, SchemaVersion: int32(schema), StartedAt: stamp(a.Node.StartedAt),
+		NodeId: a.Node.ID, Version: a.Node.Version, Store: a.Node.Store, SchemaVersion: int32Of(schema), StartedAt: stamp(a.Node.StartedAt),
 		CertificatesByStatus: byName(counts.Certificates), AgentsByState: byName(counts.Agents), OpenJobsByState: byName(counts.OpenJobs),
 		Sessions: a.Sessions.Count(), Duties: each(a.Duties(), dutyPB), TrustDomain: a.Node.TrustDomain,
 		PlacementsLagging: counts.PlacementsLagging,
