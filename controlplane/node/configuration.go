@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -85,6 +86,8 @@ func LoadConfiguration(mode Mode, file string, getenv func(string) (string, bool
 			}
 		}
 	}
+	// What was derived is in force and shown as such.
+	l.Refresh()
 	return &Configuration{l}, nil
 }
 
@@ -144,7 +147,7 @@ func MigrateUp(ctx context.Context, c *Configuration) ([]MigrationStep, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }() // what was asked for is committed or refused by then
 	if err := s.Migrate(ctx); err != nil {
 		return nil, err
 	}
@@ -157,18 +160,60 @@ func MigrationStatus(ctx context.Context, c *Configuration) ([]MigrationStep, er
 	if err != nil {
 		return nil, err
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }() // what was asked for is committed or refused by then
 	return s.MigrationStatus(ctx)
 }
 
 // CreateAPIKey makes an operator's key next to the store and returns it; it is not shown again. ttl 0 means until revoked.
+// It may be the first thing that is ever done with a store.
 func CreateAPIKey(ctx context.Context, c *Configuration, name, role string, ttl time.Duration) (string, error) {
-	s, err := openStore(ctx, c)
+	s, err := openReady(ctx, c)
 	if err != nil {
 		return "", err
 	}
-	defer s.Close()
-	return createAPIKey(ctx, s, name, role, ttl, time.Now())
+	text, err := createAPIKey(ctx, s, name, role, ttl, time.Now())
+	return text, errors.Join(err, s.Close())
+}
+
+// APIKeys lists operators' keys, without their secrets.
+func APIKeys(ctx context.Context, c *Configuration) ([]APIKey, error) {
+	s, err := openReady(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := s.APIKeys(ctx)
+	return keys, errors.Join(err, s.Close())
+}
+
+// RevokeAPIKey ends an operator's key for good. Calls with it are refused from then on; an open Watch ends within a minute.
+func RevokeAPIKey(ctx context.Context, c *Configuration, name string) (APIKey, error) {
+	s, err := openReady(ctx, c)
+	if err != nil {
+		return APIKey{}, err
+	}
+	k, err := s.RevokeAPIKey(ctx, name, domain.Op{Actor: "console", RequestID: id.New(id.Request), At: domain.Micro(time.Now())})
+	return k, errors.Join(err, s.Close())
+}
+
+// APIKey is an operator's key as it is kept.
+type APIKey = domain.APIKey
+
+// openReady opens the store with the schema that this program needs.
+func openReady(ctx context.Context, c *Configuration) (*store.Store, error) {
+	s, err := openStore(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	if c.loaded.Config.Store.Migrate {
+		err = s.Migrate(ctx)
+	}
+	if err == nil {
+		err = s.CheckSchema(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
 }
 
 func createAPIKey(ctx context.Context, s *store.Store, name, role string, ttl time.Duration, now time.Time) (string, error) {

@@ -136,7 +136,7 @@ type world struct {
 	operator *grpc.ClientConn
 	octx     context.Context
 	stop     context.CancelFunc
-	stopped  chan error
+	stopped  chan struct{}
 
 	mu    sync.Mutex
 	cutAt int
@@ -148,6 +148,13 @@ type world struct {
 
 // pollEvery is how often an operator looks: rarely enough to leave the processors to what is being watched.
 const pollEvery = 8 * time.Millisecond
+
+func pause(ctx context.Context) {
+	select {
+	case <-time.After(pollEvery):
+	case <-ctx.Done():
+	}
+}
 
 var errAgentCut = errors.New("the agent was cut here")
 
@@ -211,7 +218,7 @@ func (w *world) killNode() {
 func (w *world) startAgent(token string) {
 	w.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
+	done := make(chan struct{})
 	w.stop, w.stopped = cancel, done
 	cfg := agentd.Config{
 		Servers: []string{w.ports[2]}, DataDir: w.host, Name: "web1", JoinToken: token, Kinds: []target.Kind{w.sites.kind()},
@@ -228,7 +235,10 @@ func (w *world) startAgent(token string) {
 			return c, err
 		},
 	}
-	go func() { done <- agentd.Run(ctx, cfg) }()
+	go func() {
+		defer close(done)
+		_ = agentd.Run(ctx, cfg) // a cut ends it with an error, which is no news
+	}()
 }
 
 func (w *world) stopAgent() {
@@ -360,7 +370,7 @@ func (w *world) check(name string, at string, sites ...string) {
 			w.t.Fatalf("%s: open jobs %v, keys %v", at, open, keys)
 		}
 		w.revive()
-		time.Sleep(pollEvery)
+		pause(ctx)
 	}
 	if got := call(w, ctx, "get", func(ctx context.Context, c clients) (*operatorpb.GetCertificateResponse, error) {
 		return c.certs.GetCertificate(ctx, &operatorpb.GetCertificateRequest{Id: name})
@@ -374,7 +384,7 @@ func (w *world) keys(certificate string) []string {
 	var out []string
 	err := filepath.WalkDir(filepath.Join(w.host, "keys"), func(path string, d os.DirEntry, err error) error {
 		if err != nil {
-			return nil // it is being renamed or removed
+			return nil //nolint:nilerr // it is being renamed or removed
 		}
 		if !d.IsDir() && strings.Contains(path, certificate) && filepath.Ext(path) == ".pem" {
 			out = append(out, filepath.Base(path))
@@ -420,7 +430,7 @@ func newWorldWith(t testing.TB, e storetest.Engine, wrap func(net.Conn) net.Conn
 		if deadline.Err() != nil {
 			t.Fatal("the agent did not come online")
 		}
-		time.Sleep(pollEvery)
+		pause(deadline)
 	}
 	for _, s := range []string{"one", "two"} {
 		call(w, ctx, "target", func(ctx context.Context, c clients) (*operatorpb.CreateTargetResponse, error) {

@@ -78,7 +78,7 @@ func (e *estate) counts() domain.Counts {
 	if !e.at.IsZero() && now.Sub(e.at) < countsFresh {
 		return e.last
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second) //nolint:forbidigo // Prometheus gives a collector no context
 	defer cancel()
 	c, err := e.store.Counts(ctx)
 	if err != nil {

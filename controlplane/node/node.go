@@ -24,7 +24,6 @@ import (
 	"github.com/certmesh/certmesh/connectors/catalog/onhost"
 	"github.com/certmesh/certmesh/connectors/target"
 	"github.com/certmesh/certmesh/controlplane/internal/config"
-	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/controlplane/internal/secret"
 	"github.com/certmesh/certmesh/controlplane/internal/store"
@@ -288,9 +287,4 @@ func (n *Node) publicURL() string {
 		return n.cfg.PKI.PublicURL
 	}
 	return "http://" + n.addresses.PKI
-}
-
-// op is a change that this node makes by itself.
-func (n *Node) op() domain.Op {
-	return domain.Op{Actor: "node:" + n.cfg.Node.ID, RequestID: id.New(id.Request), At: domain.Micro(n.clk.Now())}
 }

@@ -52,7 +52,7 @@ func (n *Node) writeClientProfile(ctx context.Context) (string, error) {
 	case err != nil:
 		return "", err
 	}
-	if data, err = yaml.Marshal(p); err != nil {
+	if data, err = yaml.Marshal(p); err != nil { //nolint:gosec // the profile is where the operator keeps the key, mode 0600
 		return "", fault.Wrap(fault.Internal, err, "the client profile cannot be encoded")
 	}
 	return path, writePrivate(path, data)
