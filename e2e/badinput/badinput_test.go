@@ -165,7 +165,7 @@ keyUsage = critical,digitalSignature
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &pair, nil }})
 	if err == nil {
 		// With TLS 1.3 the refusal comes after the client believes that it is connected.
-		defer c.Close()
+		defer func() { _ = c.Close() }()
 		_ = c.SetDeadline(time.Now().Add(10 * time.Second)) // a live connection takes deadlines
 		// The HTTP/2 preface with empty settings makes a server that accepts us answer.
 		_, _ = c.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")) // the answer tells

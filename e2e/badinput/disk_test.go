@@ -36,7 +36,6 @@ func (b *bench) fill(dir string) (free func()) {
 	path := filepath.Join(dir, ".filler")
 	f, err := os.Create(path)
 	b.OK(err)
-	defer f.Close()
 	for n := 64 << 10; n > 0; {
 		if _, err := f.Write(make([]byte, n)); errors.Is(err, syscall.ENOSPC) {
 			n /= 2
@@ -44,6 +43,7 @@ func (b *bench) fill(dir string) (free func()) {
 			b.OK(err)
 		}
 	}
+	b.OK(f.Close())
 	return func() { b.OK(os.Remove(path)) }
 }
 

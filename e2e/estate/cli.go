@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -39,8 +40,7 @@ func (e *Estate) Run(ctx context.Context, bin string, env []string, args ...stri
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
 			return stdout.Bytes(), &CLIError{Program: bin, Args: args, Code: exit.ExitCode(), Stderr: stderr.String()}
 		}
 		return stdout.Bytes(), fmt.Errorf("%s: %w", bin, err)
@@ -186,6 +186,6 @@ func (e *Estate) pages(ctx context.Context, args []string, add func([]byte) (nex
 		if next == "" {
 			return nil
 		}
-		page = append(args[:len(args):len(args)], "--cursor", next)
+		page = append(slices.Clip(args), "--cursor", next)
 	}
 }

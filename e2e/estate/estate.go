@@ -63,8 +63,8 @@ func (e *Estate) Close() {
 	procs := e.procs
 	e.procs = nil
 	e.mu.Unlock()
-	for i := len(procs) - 1; i >= 0; i-- {
-		_ = procs[i].Stop(5 * time.Second) // the estate is going; a killed child is as good as a stopped one
+	for _, p := range slices.Backward(procs) {
+		_ = p.Stop(5 * time.Second) // the estate is going; a killed child is as good as a stopped one
 	}
 }
 
@@ -216,8 +216,7 @@ func Wait(ctx context.Context, what string, check func(context.Context) error) e
 		if err == nil {
 			return nil
 		}
-		var s stop
-		if errors.As(err, &s) {
+		if _, ok := errors.AsType[stop](err); ok {
 			return fmt.Errorf("waiting for %s: %w", what, err)
 		}
 		if last == nil || ctx.Err() == nil {

@@ -34,7 +34,7 @@ func (e *Estate) start(name, bin string, env []string, as *syscall.Credential, a
 	if err != nil {
 		return nil, err
 	}
-	defer out.Close()
+	defer func() { _ = out.Close() }() // the child has its own
 	cmd := exec.Command(bin, args...)
 	cmd.Dir = e.cfg.Dir
 	if as != nil {

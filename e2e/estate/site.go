@@ -14,8 +14,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
-	"log"
+	"log/slog"
 	"math/big"
 	"net"
 	"net/http"
@@ -221,14 +220,18 @@ func (e *Estate) StartBuiltin(agent, name, host string) (*Site, error) {
 	if err != nil {
 		return nil, err
 	}
-	load := func() (*tls.Certificate, error) {
+	load := func(ctx context.Context) (*tls.Certificate, error) {
 		// Two files cannot be read in one step: a pair that does not match yet is read again.
 		for try := 0; ; try++ {
 			c, err := tls.LoadX509KeyPair(cert, key)
 			if err == nil || try == 20 {
 				return &c, err
 			}
-			time.Sleep(time.Millisecond)
+			select {
+			case <-time.After(time.Millisecond):
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
 		}
 	}
 	srv := &http.Server{
@@ -236,9 +239,9 @@ func (e *Estate) StartBuiltin(agent, name, host string) (*Site, error) {
 			_, _ = w.Write([]byte("served by the built-in site\n"))
 		}),
 		ReadHeaderTimeout: 5 * time.Second,
-		ErrorLog:          log.New(io.Discard, "", 0), // probes that hang up are no news
+		ErrorLog:          slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo), // probes that hang up are no news
 		TLSConfig: &tls.Config{MinVersion: tls.VersionTLS12,
-			GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return load() }},
+			GetCertificate: func(h *tls.ClientHelloInfo) (*tls.Certificate, error) { return load(h.Context()) }},
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = srv.ServeTLS(l, "", "") }) // ends by Close

@@ -12,7 +12,7 @@
 //  5. S/MIME: a message signed with the deployed key verifies under the CA for that purpose.
 //  6. CAs with other keys than the default: openssl verifies what they issue.
 //  7. a sub-CA from files: openssl verifies the chain up to the foreign root.
-//  8. a short-lived certificate renews by itself.
+//  8. a short-lived certificate renews by itself; keys of every algorithm are made where the profile says so.
 //  9. revocation: the CRL over HTTP is the CA's and lists the serial; openssl refuses the certificate by it.
 //  10. lists, filters and cursors count what there is.
 //

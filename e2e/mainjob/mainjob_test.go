@@ -51,6 +51,7 @@ func TestMainJob(t *testing.T) {
 	t.Run("CA keys", func(t *testing.T) { h.with(t).caKeys() })
 	t.Run("sub-CA", func(t *testing.T) { h.with(t).subCA() })
 	t.Run("short-lived", func(t *testing.T) { h.with(t).shortLived() })
+	t.Run("keys by profile", func(t *testing.T) { h.with(t).keysByProfile() })
 	t.Run("revocation", func(t *testing.T) { h.with(t).revocation() })
 	t.Run("lists", func(t *testing.T) { h.with(t).lists() })
 }
@@ -312,6 +313,24 @@ func (h *hosts) read(path string) string {
 	b, err := os.ReadFile(path)
 	h.OK(err)
 	return string(b)
+}
+
+// keysByProfile orders a key of every algorithm that a seeded profile has the host make.
+func (h *hosts) keysByProfile() {
+	for profile, bits := range map[string]string{
+		"tls-server-p384": "384 bit", "tls-server-rsa2048": "2048 bit", "tls-server-rsa3072": "3072 bit", "tls-server-ed25519": "ED25519",
+	} {
+		path := h.pemTarget(profile, "west")
+		h.order("key-"+profile, "--dns", profile+".example.test", "--issuer", "ca", "--profile", profile, "--target", profile)
+		text := h.Tool("openssl", "x509", "-in", path, "-noout", "-text")
+		if !strings.Contains(text, bits) {
+			h.T.Errorf("%s: no key of %s in\n%s", profile, bits, text)
+		}
+		// RFC 8813: keyEncipherment is for RSA alone.
+		if rsa := strings.Contains(profile, "rsa"); strings.Contains(text, "Key Encipherment") != rsa {
+			h.T.Errorf("%s: Key Encipherment is %v in\n%s", profile, !rsa, text)
+		}
+	}
 }
 
 func (h *hosts) shortLived() {

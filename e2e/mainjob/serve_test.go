@@ -108,7 +108,7 @@ func TestServe(t *testing.T) {
 	stop()
 	l.Until("the node to say that it is not ready", func() error {
 		if l.Ready(l.Ctx) != nil {
-			return nil
+			return nil //nolint:nilerr // an error is what is waited for
 		}
 		return errStillReady
 	})
@@ -130,7 +130,7 @@ func rootOf(t *testing.T, addr string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
+	defer func() { _ = c.Close() }()
 	chain := c.ConnectionState().PeerCertificates
 	sum := sha256.Sum256(chain[len(chain)-1].Raw)
 	return hex.EncodeToString(sum[:])

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -115,13 +116,13 @@ func (d *demo) close() {
 
 // logs is what the processes said last.
 func (d *demo) logs() string {
-	text := ""
+	var text strings.Builder
 	for _, p := range []*estate.Process{d.server, d.agent} {
 		if p != nil {
-			text += fmt.Sprintf("the end of %s's log:\n%s\n", p.Name, p.Tail(15))
+			fmt.Fprintf(&text, "the end of %s's log:\n%s\n", p.Name, p.Tail(15))
 		}
 	}
-	return text
+	return text.String()
 }
 
 // step runs one step and prints what it says of itself.
