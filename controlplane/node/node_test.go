@@ -23,6 +23,7 @@ import (
 
 	"go.yaml.in/yaml/v3"
 
+	"github.com/certmesh/certmesh/controlplane/internal/authz"
 	"github.com/certmesh/certmesh/controlplane/internal/store/storetest"
 	"github.com/certmesh/certmesh/protocol/fault"
 	operatorpb "github.com/certmesh/certmesh/protocol/operator/v1"
@@ -157,6 +158,53 @@ func TestStartRefusesWhatWouldLoseSomething(t *testing.T) {
 	}
 	if err := start(dir, nil); err != nil {
 		t.Errorf("with everything as it was: %v", err)
+	}
+}
+
+// An operator's key may be the first thing that is done with a store, and ends when it is revoked.
+func TestAPIKeysBesideTheStore(t *testing.T) {
+	t.Parallel()
+	c := devConfiguration(t, t.TempDir(), nil)
+	key, err := CreateAPIKey(t.Context(), c, "me", "admin", 0)
+	if err != nil || key == "" {
+		t.Fatal(err)
+	}
+	if _, err := CreateAPIKey(t.Context(), c, "me", "admin", 0); !fault.Is(err, fault.Conflict) {
+		t.Errorf("the name a second time: %v", err)
+	}
+	if _, err := CreateAPIKey(t.Context(), c, "you", "king", -time.Hour); !fault.Is(err, fault.Invalid) {
+		t.Errorf("a role that there is not: %v", err)
+	}
+	if _, err := RevokeAPIKey(t.Context(), c, "nobody"); !fault.Is(err, fault.NotFound) {
+		t.Errorf("a key that there is not: %v", err)
+	}
+	if _, err := RevokeAPIKey(t.Context(), c, "me"); err != nil {
+		t.Error(err)
+	}
+	all, err := APIKeys(t.Context(), c)
+	if err != nil || len(all) != 1 || all[0].RevokedAt.IsZero() || all[0].Hash != nil {
+		t.Errorf("%+v %v", all, err)
+	}
+	s, err := openStore(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := authz.Authenticate(t.Context(), s, key, time.Now()); !fault.Is(err, fault.Unauthorized) {
+		t.Errorf("a revoked key got in: %v", err)
+	}
+}
+
+// What was derived where nothing was said is in force, and shown.
+func TestEffectiveValuesAreShown(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	shown := map[string]string{}
+	for _, v := range devConfiguration(t, dir, map[string]string{"node.id": ""}).Values() {
+		shown[v.Key] = v.Text
+	}
+	if shown["secrets.kek_file"] != filepath.Join(dir, "kek") || shown["node.id"] == "" || shown["node.names"] == "" || shown["store.dsn"] != "(set)" {
+		t.Errorf("%v", shown)
 	}
 }
 

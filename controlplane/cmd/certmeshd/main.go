@@ -64,6 +64,8 @@ func (c *command) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "certmeshd",
 		Short:         "A node of the certmesh control plane",
+		Args:          noArgs,
+		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		SilenceErrors: true, SilenceUsage: true,
 		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
@@ -73,7 +75,7 @@ func (c *command) root() *cobra.Command {
 	root.PersistentFlags().StringVar(&c.file, "config", "", "configuration file (YAML); every setting: certmeshd config")
 	root.PersistentFlags().StringArrayVar(&c.set, "set", nil, "one setting as key=value, e.g. --set listen.grpc=127.0.0.1:8442")
 	root.AddCommand(c.serve(), c.dev(), c.migrate(), c.config(), c.apikey(), &cobra.Command{
-		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
+		Use: "version", Short: "Print the version", Args: noArgs,
 		Run: func(*cobra.Command, []string) { fmt.Fprintln(c.stdout, version) },
 	})
 	return root
@@ -94,14 +96,14 @@ func (c *command) load(mode node.Mode) (*node.Configuration, error) {
 
 func (c *command) serve() *cobra.Command {
 	return &cobra.Command{
-		Use: "serve", Short: "Run a node", Args: cobra.NoArgs,
+		Use: "serve", Short: "Run a node", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return c.runNode(cmd.Context(), node.Serve, nil) },
 	}
 }
 
 func (c *command) dev() *cobra.Command {
 	return &cobra.Command{
-		Use: "dev", Short: "Run one node on the embedded store, with everything it needs made on first start", Args: cobra.NoArgs,
+		Use: "dev", Short: "Run one node on the embedded store, with everything it needs made on first start", Args: noArgs,
 		Long: `Run one node for trying things out: SQLite and a key-encryption key in the data directory, listeners on
 loopback, an admin key and a client profile for certmesh. The data directory is ./certmesh-data unless
 CERTMESH_DATA_DIR or --set node.data_dir=… says otherwise.`,
@@ -147,9 +149,10 @@ func (c *command) runNode(ctx context.Context, mode node.Mode, ready func(*node.
 }
 
 func (c *command) migrate() *cobra.Command {
-	cmd := &cobra.Command{Use: "migrate", Short: "Look after the schema of the store"}
+	cmd := &cobra.Command{Use: "migrate", Short: "Look after the schema of the store", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	cmd.AddCommand(&cobra.Command{
-		Use: "up", Short: "Bring the schema up to date", Args: cobra.NoArgs,
+		Use: "up", Short: "Bring the schema up to date", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := c.load(node.Admin)
 			if err != nil {
@@ -163,7 +166,7 @@ func (c *command) migrate() *cobra.Command {
 			return nil
 		},
 	}, &cobra.Command{
-		Use: "status", Short: "Show which steps are applied", Args: cobra.NoArgs,
+		Use: "status", Short: "Show which steps are applied", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := c.load(node.Admin)
 			if err != nil {
@@ -196,7 +199,7 @@ func (c *command) migrations(steps []node.MigrationStep) {
 func (c *command) config() *cobra.Command {
 	var format string
 	cmd := &cobra.Command{
-		Use: "config", Short: "Print the effective configuration and where each value came from", Args: cobra.NoArgs,
+		Use: "config", Short: "Print the effective configuration and where each value came from", Args: noArgs,
 		RunE: func(*cobra.Command, []string) error {
 			switch format {
 			case "table", "markdown":
@@ -224,12 +227,16 @@ func (c *command) config() *cobra.Command {
 }
 
 func (c *command) apikey() *cobra.Command {
-	cmd := &cobra.Command{Use: "apikey", Short: "Operators' keys, made next to the store"}
+	cmd := &cobra.Command{Use: "apikey", Short: "Operators' keys, made next to the store", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
 	var name, role string
 	var ttl time.Duration
 	create := &cobra.Command{
-		Use: "create", Short: "Make an API key and print it once", Args: cobra.NoArgs,
+		Use: "create", Short: "Make an API key and print it once", Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if name == "" {
+				return usageError{errors.New("--name is needed: who will use the key")}
+			}
 			cfg, err := c.load(node.Admin)
 			if err != nil {
 				return err
@@ -245,6 +252,62 @@ func (c *command) apikey() *cobra.Command {
 	create.Flags().StringVar(&name, "name", "", "who will use it (required)")
 	create.Flags().StringVar(&role, "role", "operator", "admin, operator or viewer")
 	create.Flags().DurationVar(&ttl, "ttl", 0, "validity; 0 means until revoked")
-	cmd.AddCommand(create)
+	list := &cobra.Command{
+		Use: "list", Short: "List the API keys, without their secrets", Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := c.load(node.Admin)
+			if err != nil {
+				return err
+			}
+			keys, err := node.APIKeys(cmd.Context(), cfg)
+			if err != nil {
+				return err
+			}
+			w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+			fmt.Fprintln(w, "NAME\tROLE\tCREATED\tEXPIRES\tREVOKED")
+			for _, k := range keys {
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", k.Name, k.Role, moment(k.CreatedAt), moment(k.ExpiresAt), moment(k.RevokedAt))
+			}
+			return w.Flush()
+		},
+	}
+	revoke := &cobra.Command{
+		Use: "revoke NAME", Short: "End an API key for good",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usageError{fmt.Errorf("name one key; see %s --help", cmd.CommandPath())}
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			cfg, err := c.load(node.Admin)
+			if err != nil {
+				return err
+			}
+			k, err := node.RevokeAPIKey(cmd.Context(), cfg, args[0])
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(c.stdout, "%s is revoked since %s\n", k.Name, moment(k.RevokedAt))
+			return nil
+		},
+	}
+	cmd.AddCommand(create, list, revoke)
 	return cmd
+}
+
+// moment writes a time for a table; what has not happened is a dash.
+func moment(t time.Time) string {
+	if t.IsZero() {
+		return "-"
+	}
+	return t.UTC().Format(time.RFC3339)
+}
+
+// noArgs is cobra.NoArgs with our exit status for bad usage.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return usageError{fmt.Errorf("%q is not a command of %s; see %s --help", args[0], cmd.CommandPath(), cmd.CommandPath())}
+	}
+	return nil
 }

@@ -134,6 +134,16 @@ type Loaded struct {
 // Values lists every setting in the struct's order.
 func (l *Loaded) Values() []Value { return l.values }
 
+// Refresh takes over what was changed in Config since it was loaded, for Values to show. Origins stay: what a program
+// derives where nothing was said is a default.
+func (l *Loaded) Refresh() {
+	i := 0
+	walk(reflect.ValueOf(&l.Config).Elem(), "", func(_ string, f reflect.StructField, v reflect.Value) {
+		l.values[i].Text = shown(f, textOf(v))
+		i++
+	})
+}
+
 // Sources are what Load reads. Getenv is os.Getenv-like; Flags maps keys ("listen.grpc") to what flags said.
 type Sources struct {
 	File string

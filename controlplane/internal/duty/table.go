@@ -60,6 +60,9 @@ type Deps struct {
 	Store    Store
 	CRLs     CRLBuilder
 	Settings Settings
+	// Since is when this node started: agents could not reach it before and are not judged by silence until they have had
+	// as long as any.
+	Since time.Time
 	// Wake tells the node that holds an agent's stream to look for work.
 	Wake func(agentID string)
 	Log  *slog.Logger
@@ -206,6 +209,9 @@ func (d Deps) jobTimeout(ctx context.Context, f domain.Fence, now time.Time) (ti
 }
 
 func (d Deps) agentHealth(ctx context.Context, f domain.Fence, now time.Time) (time.Time, error) {
+	if grace := d.Since.Add(d.Settings.AgentOffline); now.Before(grace) {
+		return grace, nil
+	}
 	_, err := d.Store.SweepAgents(ctx, f, now.Add(-d.Settings.AgentStale), now.Add(-d.Settings.AgentOffline), now)
 	if err != nil {
 		return time.Time{}, fmt.Errorf("sweep agents: %w", err)

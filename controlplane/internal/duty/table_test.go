@@ -352,3 +352,15 @@ func TestAStoreThatIsDownIsAnError(t *testing.T) {
 		}
 	}
 }
+
+// A node that has just started gives agents as long to come back as any silence is given.
+func TestAgentsGetAGraceAfterAStart(t *testing.T) {
+	t.Parallel()
+	start := time.Date(2026, 12, 1, 10, 0, 0, 0, time.UTC)
+	// No store: a sweep would panic.
+	d := Deps{Since: start, Settings: Settings{AgentOffline: 5 * time.Minute}}
+	next, err := d.agentHealth(t.Context(), domain.Fence{}, start.Add(4*time.Minute))
+	if err != nil || !next.Equal(start.Add(5*time.Minute)) {
+		t.Errorf("swept, or not at the end of the grace: %v %v", next, err)
+	}
+}

@@ -144,7 +144,7 @@ func (p *Pipeline) Issue(ctx context.Context, r Request) (Outcome, error) {
 		p.issued.WithLabelValues("issued").Inc()
 	}
 	p.cfg.Log.Info("certificate issued", "certificate", out.Version.CertificateID, "agent", out.Version.AgentID, "generation", out.Generation,
-		"issuer", out.Version.IssuerID, "serial", out.Version.Serial, "not_after", out.Version.NotAfter, "job", r.Work.Job.ID,
+		"issuer", out.Version.IssuerID, "serial", out.Version.Serial, "not_after", out.Version.NotAfter, "job_id", r.Work.Job.ID,
 		"repeated", repeated, "request_id", r.requestID())
 	return out, nil
 }
@@ -216,7 +216,7 @@ func (p *Pipeline) intend(ctx context.Context, r Request, csr *ca.CSR) (domain.I
 		}})[0]
 		switch {
 		case out.SerialTaken && draw < maxDraws:
-			p.cfg.Log.Warn("serial number is taken, drawing another", "issuer", r.Work.IssuerID, "serial", prepared.Serial(), "job", j.ID)
+			p.cfg.Log.Warn("serial number is taken, drawing another", "issuer", r.Work.IssuerID, "serial", prepared.Serial(), "job_id", j.ID)
 			continue
 		case out.SerialTaken:
 			return out, fault.Wrap(fault.Internal, out.Err, "%d serial numbers in a row are taken; check the random source of this host", draw)
