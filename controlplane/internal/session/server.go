@@ -101,7 +101,7 @@ type Config struct {
 	Handshakes int
 	// RemoteWake tells another node that an agent it holds has work; nil on a single node.
 	RemoteWake func(node, agentID string)
-	// Changed is called after a leaf or placement changed, so that duties may look again; may be nil.
+	// Changed is called after a leaf or placement may have changed, so that duties may look again; may be nil.
 	Changed func()
 }
 

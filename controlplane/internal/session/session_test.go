@@ -8,6 +8,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -480,6 +481,44 @@ func TestStates(t *testing.T) {
 	}
 	answer(s, "")
 	eventually(t, "the refusal is forgotten", func() bool { return p.store.refusals() == 0 })
+}
+
+// TestRefusedStateAfterRestart: an agent that was started anew is sent again what it refused; once it has applied that,
+// the refusal is forgotten and the duties look again.
+func TestRefusedStateAfterRestart(t *testing.T) {
+	t.Parallel()
+	var changed atomic.Int64
+	p := newPlane(t, func(c *Config) { c.Changed = func() { changed.Add(1) } })
+	h := p.host("web1")
+	p.store.targets["tgt_1"] = domain.Target{ID: "tgt_1", Name: "site", AgentID: h.id, Kind: "file", Settings: []byte(`{}`), Enabled: true, Revision: 3}
+	target := func(k *talk) *agentpb.StateVersion {
+		for {
+			if v := k.state().GetVersion(); v.GetKind() == "target" {
+				return v
+			}
+		}
+	}
+	k := h.online()
+	k.send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Rejected{Rejected: &agentpb.Rejected{Version: target(k),
+		Failure: &agentpb.Failure{Class: string(fault.Rejected), Message: "the path is outside the roots"}}}})
+	eventually(t, "the refusal is kept", func() bool { return p.store.refusals() == 1 })
+	for _, boot := range []string{"boot-1", ""} { // the same, and one that is not known
+		w := h.connect(bootID(boot)).welcome()
+		if slices.ContainsFunc(w.GetResend(), func(v *agentpb.StateVersion) bool { return v.GetKind() == "target" }) {
+			t.Errorf("boot %q is sent %v", boot, w.GetResend())
+		}
+	}
+	k = h.online(bootID("boot-2"))
+	v := target(k)
+	if v.GetName() != "tgt_1" || v.GetVersion() != 3 {
+		t.Fatalf("sent %v", v)
+	}
+	if changed.Load() != 0 {
+		t.Errorf("duties were nudged %d times before", changed.Load())
+	}
+	k.send(&agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Applied{Applied: &agentpb.Applied{Version: v}}})
+	eventually(t, "the refusal is forgotten", func() bool { return p.store.refusals() == 0 })
+	eventually(t, "duties look again", func() bool { return changed.Load() == 1 })
 }
 
 // TestDeadlines with a clock that the test moves: a stream without a Hello, an agent that reads nothing, an identity that

@@ -67,6 +67,8 @@ type version struct {
 	number  int64
 	hash    [sha256.Size]byte // zero: not known
 	removed bool
+	// former: a refusal of an earlier start of the agent, whose configuration may have been another.
+	former bool
 }
 
 func lookup(list []version, k stateKey) (version, bool) {
@@ -122,8 +124,10 @@ type (
 	Admitted struct {
 		Work dispatch.Opened
 		// Desired is what the agent is to have, Refused what the store knows it would not take.
-		Desired      []Resource
-		Refused      []domain.StateRejection
+		Desired []Resource
+		Refused []domain.StateRejection
+		// Restarted: the agent's process is another than that of its previous session.
+		Restarted    bool
 		ReportLeaves bool
 	}
 	// Desired is the agent's desired state, read again.
@@ -425,7 +429,7 @@ func (m *machine) admitted(e Admitted) {
 	m.phase = Open
 	for _, r := range e.Refused {
 		if k, ok := keyFrom(&agentpb.StateVersion{Kind: r.Kind, Name: r.Name}); ok {
-			m.refused = with(m.refused, version{key: k, number: r.Version})
+			m.refused = with(m.refused, version{key: k, number: r.Version, former: e.Restarted})
 		}
 	}
 	// The states go out after the Welcome that announces them.
@@ -446,7 +450,7 @@ func (m *machine) admitted(e Admitted) {
 	m.out = append(m.out, states...)
 }
 
-// push sends what the agent does not hold, has not been sent and has not refused.
+// push sends what the agent does not hold, has not been sent and has not refused since it was started.
 func (m *machine) push(all []Resource) {
 	desired := make(map[stateKey]struct{}, len(all))
 	for _, r := range all {
@@ -462,6 +466,9 @@ func (m *machine) push(all []Resource) {
 		}
 		if no, ok := lookup(m.refused, k); ok {
 			switch {
+			case no.former:
+				// It may take it now. An answer to a lower number would not replace the stored refusal.
+				number = max(number, no.number)
 			case no.hash == r.Hash:
 				continue
 			case r.Kind == kindSettings:

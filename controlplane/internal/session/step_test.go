@@ -46,7 +46,8 @@ func (k *keeper) take(s SendState) *agentpb.ConnectRequest {
 }
 
 // TestStatesConverge drives the step through random changes of what is desired, answers, losses and reconnects: numbers
-// only rise, what was refused is not sent again until it changes, and in the end the agent holds what is desired.
+// only rise, what was refused is not sent again until it changes or the agent was started anew, and in the end the agent
+// holds what is desired.
 func TestStatesConverge(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
@@ -110,14 +111,14 @@ func TestStatesConverge(t *testing.T) {
 				}
 			}
 		}
-		connect := func() {
+		connect := func(restarted bool) {
 			s, wire, last = NewState("agt_1", time.Second), nil, map[stateKey]int64{}
 			h := &agentpb.Hello{Protocol: 1}
 			for _, v := range agent.held {
 				h.States = append(h.States, v)
 			}
 			run(Received{Message: &agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Hello{Hello: h}}})
-			run(Admitted{Desired: list(), Refused: slices.Collect(maps.Values(stored))})
+			run(Admitted{Desired: list(), Refused: slices.Collect(maps.Values(stored)), Restarted: restarted})
 		}
 		deliver := func() bool {
 			if len(wire) == 0 {
@@ -128,7 +129,7 @@ func TestStatesConverge(t *testing.T) {
 			run(Received{Message: agent.take(m)})
 			return true
 		}
-		connect()
+		connect(false)
 		target := func(t *rapid.T) stateKey {
 			return stateKey{kindTarget, rapid.SampledFrom([]string{"tgt_1", "tgt_2", "tgt_3"}).Draw(t, "target")}
 		}
@@ -140,7 +141,16 @@ func TestStatesConverge(t *testing.T) {
 			"remove":    func(t *rapid.T) { delete(desired, target(t)) },
 			"push":      func(*rapid.T) { run(Desired{Resources: list()}) },
 			"deliver":   func(*rapid.T) { deliver() },
-			"reconnect": func(*rapid.T) { connect() },
+			"reconnect": func(*rapid.T) { connect(false) },
+			"restart": func(t *rapid.T) {
+				clear(agent.refused)
+				if rapid.Bool().Draw(t, "mended") {
+					clear(agent.refuses)
+				}
+				connect(true)
+				for deliver() { //nolint:revive // until nothing is under way
+				}
+			},
 		})
 		run(Desired{Resources: list()})
 		for deliver() { //nolint:revive // until nothing is under way
@@ -160,6 +170,52 @@ func TestStatesConverge(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestRefusedUntilRestart: a refusal holds for the process that made it. Another process is sent the state once more,
+// under no lower number, and either clears the stored refusal or makes it its own.
+func TestRefusedUntilRestart(t *testing.T) {
+	t.Parallel()
+	target := Resource{Kind: kindTarget, Name: "tgt_1", Revision: 3, Hash: hashOf([]byte("x")), Body: &agentpb.State{}}
+	settings := Resource{Kind: kindSettings, Hash: hashOf([]byte("y")), Body: &agentpb.State{}}
+	all := []Resource{settings, target}
+	refused := []domain.StateRejection{{Kind: kindSettings, Version: 6}, {Kind: kindTarget, Name: "tgt_1", Version: 5}}
+	open := func(restarted bool) (State, map[string]*agentpb.StateVersion) {
+		s, _ := Step(NewState("agt_1", time.Second), Received{Message: hello()})
+		s, effects := Step(s, Admitted{Desired: all, Refused: refused, Restarted: restarted})
+		sent := map[string]*agentpb.StateVersion{}
+		for _, f := range effects {
+			if f, ok := f.(SendState); ok {
+				sent[f.Version.GetKind()] = f.Version
+			}
+		}
+		return s, sent
+	}
+	if _, sent := open(false); sent[kindTarget] != nil {
+		t.Errorf("the same process is sent %v", sent)
+	}
+	s, sent := open(true)
+	if sent[kindTarget].GetVersion() != 5 || sent[kindSettings].GetVersion() != 6 {
+		t.Fatalf("another process is sent %v", sent)
+	}
+	if _, effects := Step(s, Desired{all}); len(effects) != 0 {
+		t.Errorf("sent twice: %v", effects)
+	}
+	applied := &agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Applied{Applied: &agentpb.Applied{Version: sent[kindTarget]}}}
+	_, effects := Step(s, Received{Message: applied})
+	if len(effects) != 1 || effects[0] != (ClearRefusal{Kind: kindTarget, Name: "tgt_1"}) {
+		t.Errorf("applied: %v", effects)
+	}
+
+	s, sent = open(true)
+	no := &agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Rejected{Rejected: &agentpb.Rejected{Version: sent[kindTarget]}}}
+	s, effects = Step(s, Received{Message: no})
+	if len(effects) != 1 || effects[0].(RecordRefusal).Refusal.Version != 5 {
+		t.Errorf("refused again: %v", effects)
+	}
+	if _, effects = Step(s, Desired{all}); len(effects) != 0 {
+		t.Errorf("sent in spite of a new refusal: %v", effects)
+	}
 }
 
 // TestRandomMessages: whatever order messages and endings come in, there is one Hello, one end, and nothing after it.

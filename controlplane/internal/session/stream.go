@@ -291,7 +291,11 @@ func (st *stream) protoStep(e Event) (admit *Admit) {
 				"version", f.Refusal.Version, "reason", f.Refusal.Reason)
 		case ClearRefusal:
 			st.s.background("clear a refused state", func(ctx context.Context) error {
-				return st.s.cfg.Store.ClearRejection(ctx, st.who.agentID, f.Kind, f.Name)
+				err := st.s.cfg.Store.ClearRejection(ctx, st.who.agentID, f.Kind, f.Name)
+				if err == nil && f.Kind == kindTarget && st.s.cfg.Changed != nil {
+					st.s.cfg.Changed() // placements at the target may be due now
+				}
+				return err
 			})
 		case RenewIdentity:
 			st.renew(f.CSR)

@@ -235,6 +235,8 @@ func (st *stream) admit(h Hello) {
 		st.end(endError(err))
 		return
 	}
+	// An id that is not known says nothing.
+	ev.Restarted = h.BootID != "" && h.BootID != o.Previous.BootID
 	st.proto(ev)
 	s.cfg.Log.Info("agent connected", "agent_id", id, "epoch", o.Epoch, "open", len(h.Held), "remote_addr", st.who.remote)
 	s.cfg.Hub.Publish(hub.Notice{Kind: hub.Agents, ID: id})

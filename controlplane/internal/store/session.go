@@ -299,10 +299,18 @@ WHERE agent_rejection.version <= excluded.version`, r.AgentID, r.Kind, r.Name, r
 	})
 }
 
-// ClearRejection forgets a refusal, because a later version was applied. There being none is no error.
+// ClearRejection forgets a refusal, because the state or a later version of it was applied. There being none is no error.
+// Placements that rest after failures at a target that was refused until now are due at once: why they failed is most
+// likely gone.
 func (s *Store) ClearRejection(ctx context.Context, agentID, kind, name string) error {
 	return s.settled(ctx, "rejection.clear", func(t *tx) error {
-		_, err := t.exec("DELETE FROM agent_rejection WHERE agent_id = $1 AND kind = $2 AND name = $3", agentID, kind, name)
+		n, err := t.exec("DELETE FROM agent_rejection WHERE agent_id = $1 AND kind = $2 AND name = $3", agentID, kind, name)
+		if err != nil || n == 0 || kind != "target" {
+			return err
+		}
+		// Due since the failure. One that holds what is wanted, is revoked or has an open job has no due_at and gets none.
+		_, err = t.exec(`UPDATE placement SET due_at = updated_at, backoff_until = 0
+WHERE target_id = $1 AND agent_id = $2 AND due_at IS NOT NULL AND failures > 0 AND backoff_until > 0`, name, agentID)
 		return err
 	})
 }

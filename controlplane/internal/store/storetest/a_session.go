@@ -126,6 +126,61 @@ func rejections(t *testing.T, w *World) {
 	}
 }
 
+// acceptedAtLast: what rests after failures at a target that was refused is due once the refusal is cleared, and nothing
+// else is: not at another target, not without a refusal, not what holds what is wanted, not what an operator cancelled.
+func acceptedAtLast(t *testing.T, w *World) {
+	ctx := t.Context()
+	a := w.Agent(t, "web1")
+	one, two := w.Target(t, a.ID, "one"), w.Target(t, a.ID, "two")
+	epoch := w.Open(t, a.ID, "n1").Epoch
+	failed, jobs := w.Order(t, "failed.test", domain.Policy{}, one.ID, two.ID)
+	for _, d := range w.Issue(t, jobs[0], epoch, "spki-1") {
+		w.fail(t, d.Job, w.Dispatch(t, d.Job, epoch), fault.Rejected)
+	}
+	served, jobs := w.Order(t, "served.test", domain.Policy{}, one.ID)
+	w.Deploy(t, w.Issue(t, jobs[0], epoch, "spki-2")[0], epoch)
+	cancelled, jobs := w.Order(t, "cancelled.test", domain.Policy{}, one.ID)
+	_, err := w.S.CancelJob(ctx, w.Issue(t, jobs[0], epoch, "spki-3")[0].Job.ID, w.Op())
+	must(t, err)
+	w.Pass(time.Minute)
+
+	due := func() (all []domain.Placement) {
+		t.Helper()
+		for _, c := range []string{failed.ID, served.ID, cancelled.ID} {
+			list, err := w.S.DuePlacements(ctx, domain.ShardOf(c), w.Now(), 10)
+			must(t, err)
+			for _, d := range list {
+				if d.Placement.CertificateID == c {
+					all = append(all, d.Placement)
+				}
+			}
+		}
+		return all
+	}
+	refuse := func(kind, name string) {
+		t.Helper()
+		must(t, w.S.RecordRejection(ctx, domain.StateRejection{AgentID: a.ID, Kind: kind, Name: name, Version: 1, Reason: "outside the roots", At: w.Now()}))
+	}
+	refuse("settings", one.ID)
+	must(t, w.S.ClearRejection(ctx, a.ID, "settings", one.ID))
+	must(t, w.S.ClearRejection(ctx, a.ID, "target", one.ID)) // there is none
+	if got := due(); len(got) != 0 {
+		t.Fatalf("due: %+v", got)
+	}
+	refuse("target", one.ID)
+	must(t, w.S.ClearRejection(ctx, a.ID, "target", one.ID))
+	got := due()
+	if len(got) != 1 || got[0].CertificateID != failed.ID || got[0].TargetID != one.ID || !got[0].BackoffUntil.IsZero() || got[0].Failures != 1 {
+		t.Fatalf("due: %+v", got)
+	}
+	next, err := w.S.NextDue(ctx)
+	must(t, err)
+	if next.Placement.IsZero() || next.Placement.After(w.Now()) {
+		t.Fatalf("next due: %+v", next)
+	}
+	w.Check(t)
+}
+
 // herd: many agents at once, from many goroutines, share commits and get every one its own answer.
 func herd(t *testing.T, w *World) {
 	const agents = 130 // more than one batch

@@ -26,6 +26,7 @@ var scenarios = []scenario{
 	{"disabledTarget", disabledTarget},
 	{"sessions", sessions},
 	{"rejections", rejections},
+	{"acceptedAtLast", acceptedAtLast},
 	{"fences", fences},
 	{"postponing", postponing},
 	{"statuses", statuses},
