@@ -28,12 +28,11 @@ const environment = `Settings come from flags, then from the environment:
   CERTMESH_LOG_LEVEL         debug, info, warn or error (info)
   CERTMESH_LOG_FORMAT        json or text (json)`
 
-// flags hold what the command line says. The token itself is none of them: other users of the host can read command
-// lines.
+// flags hold what the command line says.
 type flags struct {
-	server, tokenFile, data, keys, name, level, format string
-	labels, roots, commands                            []string
-	retention                                          int
+	server, token, tokenFile, data, keys, name, level, format string
+	labels, roots, commands                                   []string
+	retention                                                 int
 }
 
 func (f *flags) addPlaces(cmd *cobra.Command) {
@@ -47,6 +46,7 @@ func (f *flags) add(cmd *cobra.Command) {
 	fs := cmd.Flags()
 	fs.StringVar(&f.server, "server-url", "localhost:8444", "mesh addresses of the control plane, host:port[,host:port…]")
 	fs.StringVar(&f.tokenFile, "join-token-file", "", "file that holds the join token")
+	fs.StringVar(&f.token, "join-token", "", "the join token itself; others on this host can read a command line, so prefer the file or CERTMESH_JOIN_TOKEN")
 	fs.StringVar(&f.name, "name", "", "name that operators see (the host's name)")
 	fs.StringArrayVar(&f.labels, "label", nil, "label as k=v; may be given again")
 	fs.StringArrayVar(&f.roots, "target-root", nil, "absolute directory that targets may write below; may be given again")
@@ -154,6 +154,10 @@ func (c *command) token(cmd *cobra.Command) (string, error) {
 	path := c.env(cmd, "join-token-file", "CERTMESH_JOIN_TOKEN_FILE", c.flags.tokenFile)
 	token, ok := c.getenv("CERTMESH_JOIN_TOKEN")
 	switch {
+	case cmd.Flags().Changed("join-token") && cmd.Flags().Changed("join-token-file"):
+		return "", fault.InvalidField("join_token", "is given twice, as --join-token and as --join-token-file; leave one out")
+	case cmd.Flags().Changed("join-token"):
+		return strings.TrimSpace(c.flags.token), nil
 	case path == "":
 		return strings.TrimSpace(token), nil
 	case ok && token != "" && !cmd.Flags().Changed("join-token-file"):

@@ -46,7 +46,8 @@ func TestBadUsage(t *testing.T) {
 		want string
 	}{
 		"unknown flag":    {nil, []string{"run", "--nope"}, "see certmesh-agent run --help"},
-		"token as a flag": {nil, []string{"run", "--join-token", token}, "unknown flag"},
+		"bad token flag":  {nil, []string{"run", "--join-token", "cmjt1.s3cret"}, "is not a join token"},
+		"both flags":      {nil, []string{"run", "--join-token", token, "--join-token-file", "/x"}, "given twice"},
 		"argument":        {nil, []string{"run", "now"}, "takes no arguments"},
 		"no token":        {nil, []string{"run"}, "CERTMESH_JOIN_TOKEN"},
 		"bad token":       {map[string]string{"CERTMESH_JOIN_TOKEN": "cmjt1.s3cret"}, []string{"enroll"}, "is not a join token"},
