@@ -147,6 +147,7 @@ func BenchmarkRenewal(b *testing.B) {
 		b.Run(e.Name, func(b *testing.B) {
 			w := newWorldWith(b, e, nil)
 			ctx := b.Context()
+			w.place("one")
 			call(w, ctx, "order", func(ctx context.Context, c clients) (*operatorpb.CreateCertificateResponse, error) {
 				return c.certs.CreateCertificate(ctx, &operatorpb.CreateCertificateRequest{Name: "site", Issuer: "internal", Profile: "tls-server",
 					Names: &operatorpb.Names{Dns: []string{"site.test"}}, Targets: []string{"one"}})

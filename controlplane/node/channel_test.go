@@ -135,9 +135,10 @@ func TestPrivateKeysNeverCrossTheChannel(t *testing.T) {
 		})
 	}
 	for _, p := range profiles {
+		sites := w.place(p.Name)
 		call(w, ctx, "order", func(ctx context.Context, c clients) (*operatorpb.CreateCertificateResponse, error) {
 			return c.certs.CreateCertificate(ctx, &operatorpb.CreateCertificateRequest{Name: p.Name, Issuer: "internal", Profile: p.Name,
-				Names: &operatorpb.Names{Dns: []string{p.Name + ".test"}}, Targets: []string{"one"}})
+				Names: &operatorpb.Names{Dns: []string{p.Name + ".test"}}, Targets: sites})
 		})
 		w.served(ctx, p.Name, 1)
 		collect()

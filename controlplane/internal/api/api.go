@@ -84,6 +84,8 @@ type Catalogue interface {
 	CreateTarget(ctx context.Context, t domain.Target, op domain.Op) error
 	Targets(ctx context.Context, agentID string, p domain.PageRequest) ([]domain.Target, string, error)
 	Target(ctx context.Context, idOrName string) (domain.Target, error)
+	// TargetsInUse returns the name of the certificate that a target (id) holds, for those that hold one.
+	TargetsInUse(ctx context.Context, targetIDs []string) (map[string]string, error)
 }
 
 // System counts and keeps the trail.

@@ -22,7 +22,7 @@ func TestCreateCertificate(t *testing.T) {
 	t.Parallel()
 	r := newRig(t).estate(t)
 	o := order("shop")
-	o.Targets = []string{"site", lbTarget}
+	o.Targets = []string{"spare", lbTarget}
 	got, err := r.certificates().CreateCertificate(r.as(t, authz.Operator), o)
 	if err != nil {
 		t.Fatal(err)
@@ -68,10 +68,10 @@ func TestCreateCertificateTwice(t *testing.T) {
 		}
 	}
 	for name, change := range map[string]func(*operatorpb.CreateCertificateRequest){
-		"name":    func(o *operatorpb.CreateCertificateRequest) { o.Name = "other" },
+		"name":    func(o *operatorpb.CreateCertificateRequest) { o.Name, o.Targets = "other", []string{"balancer"} },
 		"names":   func(o *operatorpb.CreateCertificateRequest) { o.Names.Dns = []string{"b.example.com"} },
 		"owner":   func(o *operatorpb.CreateCertificateRequest) { o.Owner = "somebody" },
-		"targets": func(o *operatorpb.CreateCertificateRequest) { o.Targets = []string{"site", "balancer"} },
+		"targets": func(o *operatorpb.CreateCertificateRequest) { o.Targets = []string{"spare", "balancer"} },
 		"profile": func(o *operatorpb.CreateCertificateRequest) { o.Profile = "tls-peer" },
 		"policy":  func(o *operatorpb.CreateCertificateRequest) { o.Policy = &operatorpb.RenewalPolicy{Fraction: .5} },
 	} {
@@ -84,16 +84,44 @@ func TestCreateCertificateTwice(t *testing.T) {
 	}
 	// The answer stays the same when the target has been disabled since.
 	r.store.mu.Lock()
-	g := r.store.targets[webTarget]
-	g.Enabled = false
-	r.store.targets[webTarget] = g
+	for _, id := range []string{spareTarget, lbTarget} {
+		g := r.store.targets[id]
+		g.Enabled = false
+		r.store.targets[id] = g
+	}
 	r.store.mu.Unlock()
 	if _, err := r.certificates().CreateCertificate(ctx, o); err != nil {
 		t.Error(err)
 	}
-	o.RequestId, o.Name = "deploy-2", "shop2"
+	o.RequestId, o.Name, o.Targets = "deploy-2", "shop2", []string{"balancer"}
 	_, err := r.certificates().CreateCertificate(ctx, o)
 	wantField(t, err, "targets", "disabled")
+}
+
+// TestOneCertificateAtATarget: a target that holds a certificate takes no other until that one is revoked.
+func TestOneCertificateAtATarget(t *testing.T) {
+	t.Parallel()
+	r := newRig(t).estate(t)
+	ctx := r.as(t, authz.Operator)
+	o := order("shop")
+	o.Targets = []string{"spare", "site"}
+	_, err := r.certificates().CreateCertificate(ctx, o)
+	wantCode(t, err, codes.Aborted, `target "site" holds certificate "www"`, "renew that certificate, or place this one at another target")
+	if trail := r.store.trail(); len(trail) != 1 || trail[0].Action != "api.failed" || trail[0].Outcome != "conflict" {
+		t.Errorf("trail of a refusal %+v", trail)
+	}
+	wantList(t, "woken by a refusal", r.sessions.take(&r.sessions.woken), nil)
+	// A name that is taken is what is wrong, whichever target is named with it.
+	o.Name = "www"
+	_, err = r.certificates().CreateCertificate(ctx, o)
+	wantCode(t, err, codes.Aborted, "taken")
+	if _, err := r.certificates().RevokeCertificate(ctx, &operatorpb.RevokeCertificateRequest{Id: "www"}); err != nil {
+		t.Fatal(err)
+	}
+	o.Name = "shop"
+	if _, err := r.certificates().CreateCertificate(ctx, o); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestProfilesAndNames(t *testing.T) {
@@ -112,7 +140,10 @@ func TestProfilesAndNames(t *testing.T) {
 		{"all", &operatorpb.Names{Dns: []string{"a.example.com"}, Email: []string{"a@example.com"}}},
 	} {
 		o := order(fmt.Sprintf("fits%d", i))
-		o.Profile, o.Names = c.profile, c.names
+		o.Profile, o.Names, o.Targets = c.profile, c.names, []string{fmt.Sprintf("place%d", i)}
+		if _, err := r.targets().CreateTarget(r.as(t, authz.Operator), &operatorpb.CreateTargetRequest{Name: o.Targets[0], Agent: "web1", Kind: "nginx"}); err != nil {
+			t.Fatal(err)
+		}
 		if _, err := r.certificates().CreateCertificate(r.as(t, authz.Operator), o); err != nil {
 			t.Errorf("%s with %v: %v", c.profile, c.names, err)
 		}

@@ -253,6 +253,7 @@ func (r *rig) system() operatorpb.SystemServiceClient {
 const (
 	webAgent, mailAgent = "agt_00000000000000000000000000000001", "agt_00000000000000000000000000000002"
 	webTarget, lbTarget = "tgt_00000000000000000000000000000001", "tgt_00000000000000000000000000000002"
+	spareTarget         = "tgt_00000000000000000000000000000003"
 	issuerID            = "iss_00000000000000000000000000000001"
 	serverProfile       = "prof_00000000000000000000000000000001"
 	certID              = "cert_00000000000000000000000000000001"
@@ -260,7 +261,7 @@ const (
 	goodSettings        = `{"directory":"/etc/ssl/site"}`
 )
 
-// estate puts one of everything into the store: two agents, two targets, an issuer, profiles, and a certificate with a
+// estate puts one of everything into the store: two agents, three targets (two of which hold nothing), an issuer, profiles, and a certificate with a
 // version and an open job.
 func (r *rig) estate(t testing.TB) *rig {
 	t.Helper()
@@ -279,6 +280,7 @@ func (r *rig) estate(t testing.TB) *rig {
 	for _, g := range []domain.Target{
 		{ID: webTarget, Name: "site", AgentID: webAgent, Kind: "nginx", Settings: []byte(goodSettings), VerifyAddress: "localhost:443", ServerName: "www.example.com"},
 		{ID: lbTarget, Name: "balancer", AgentID: mailAgent, Kind: "file", Settings: []byte(`{}`)},
+		{ID: spareTarget, Name: "spare", AgentID: webAgent, Kind: "nginx", Settings: []byte(goodSettings)},
 	} {
 		g.Enabled, g.CreatedAt, g.Revision = true, start, 1
 		m.targets[g.ID] = g
@@ -314,9 +316,9 @@ func (r *rig) estate(t testing.TB) *rig {
 	return r
 }
 
-// order is a good order.
+// order is a good order, at a target that holds nothing.
 func order(name string) *operatorpb.CreateCertificateRequest {
-	return &operatorpb.CreateCertificateRequest{Name: name, Issuer: "internal", Profile: "tls-server", Targets: []string{"site"},
+	return &operatorpb.CreateCertificateRequest{Name: name, Issuer: "internal", Profile: "tls-server", Targets: []string{"spare"},
 		Names: &operatorpb.Names{Dns: []string{"a.example.com"}}}
 }
 

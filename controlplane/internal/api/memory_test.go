@@ -554,6 +554,24 @@ func (m *memory) Target(_ context.Context, key string) (domain.Target, error) {
 	return lookup("target", m.targets, key, targetName)
 }
 
+func (m *memory) TargetsInUse(_ context.Context, targetIDs []string) (map[string]string, error) {
+	leave, err := m.enter("TargetsInUse")
+	defer leave()
+	if err != nil {
+		return nil, err
+	}
+	held := map[string]string{}
+	for cert, all := range m.placements {
+		c := m.certs[cert]
+		for _, p := range all {
+			if c.Status != domain.CertificateRevoked && c.Status != domain.CertificateArchived && slices.Contains(targetIDs, p.TargetID) {
+				held[p.TargetID] = c.Name
+			}
+		}
+	}
+	return held, nil
+}
+
 func (m *memory) Counts(context.Context) (domain.Counts, error) {
 	leave, err := m.enter("Counts")
 	defer leave()

@@ -158,6 +158,8 @@ func badRequests() []badRequest {
 		{"verify port", place(func(r *place_) { r.VerifyAddress = "localhost:0" }), "verify_address", "host:port"},
 		{"verify host", place(func(r *place_) { r.VerifyAddress = "a b:443" }), "verify_address", "host:port"},
 		{"verify URL", place(func(r *place_) { r.VerifyAddress = "https://localhost:443" }), "verify_address", "host:port"},
+		{"verify address in the settings", place(func(r *place_) { r.SettingsJson = `{"verify_address":"localhost:443"}` }), "settings_json.verify_address", "verify_address of the target"},
+		{"server name in the settings", place(func(r *place_) { r.SettingsJson = `{"verify_address":"","server_name":"a.example.com"}` }), "settings_json.server_name", "server_name of the target"},
 		{"server name", place(func(r *place_) { r.ServerName = "*.example.com" }), "server_name", "host name"},
 		{"watch kinds", &operatorpb.WatchRequest{Kinds: []string{"jobs", "moons"}}, "kinds[1]", "certificates"},
 	}

@@ -217,7 +217,7 @@ var roundTrips = map[string]trip{
 	"CreateCertificateRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
 		ctx := r.as(t, authz.Operator)
 		req := &operatorpb.CreateCertificateRequest{
-			Name: "new", Issuer: issuerID, Profile: "prof_00000000000000000000000000000005", Owner: "the web team", RequestId: "req-77", Targets: []string{"site", "balancer"},
+			Name: "new", Issuer: issuerID, Profile: "prof_00000000000000000000000000000005", Owner: "the web team", RequestId: "req-77", Targets: []string{"spare", "balancer"},
 			Names: &operatorpb.Names{CommonName: "Anna Example", Dns: []string{"a.example.com", "b.example.com"}, Ip: []string{"192.0.2.1", "2001:db8::1"},
 				Email: []string{"anna@example.com"}, Uri: []string{"spiffe://example.com/a"}},
 			Policy: &operatorpb.RenewalPolicy{Fraction: .5, AlertThresholdsDays: []int32{20, 10}, Disabled: true, Windows: []*operatorpb.RenewalWindow{

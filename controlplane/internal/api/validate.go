@@ -368,6 +368,12 @@ func validateTarget(r *operatorpb.CreateTargetRequest) error {
 		if err := json.Unmarshal([]byte(s), &o); err != nil {
 			return fault.InvalidField("settings_json", "is not a JSON object: %v", err)
 		}
+		// These two are the target's own: it is the target's that the agent probes, whatever the settings say.
+		for _, own := range []string{"verify_address", "server_name"} {
+			if v := string(o[own]); v != "" && v != `""` && v != "null" {
+				return fault.InvalidField("settings_json."+own, "give it as %s of the target", own)
+			}
+		}
 	}
 	if a := r.GetVerifyAddress(); a != "" {
 		host, port, err := net.SplitHostPort(a)

@@ -111,6 +111,34 @@ func TestCreateCertificateRefusals(t *testing.T) {
 	})
 }
 
+func TestTargetsInUse(t *testing.T) {
+	each(t, func(t *testing.T, x *estate) {
+		a := x.agent("web")
+		t1, t2, free := x.target(a, "t1"), x.target(a, "t2"), x.target(x.agent("web-b"), "free")
+		old, _ := x.create(x.order("old", t1))
+		both, _ := x.create(x.order("both", t1, t2))
+		all := []string{free.ID, t2.ID, t1.ID, "tgt_none"}
+		held := func() map[string]string {
+			t.Helper()
+			names, err := x.TargetsInUse(x.ctx, all)
+			x.must(err)
+			return names
+		}
+		same(t, "of two the last", held(), map[string]string{t1.ID: "both", t2.ID: "both"})
+		_, _, err := x.RevokeCertificate(x.ctx, both.ID, 0, x.op())
+		x.must(err)
+		same(t, "after a revocation", held(), map[string]string{t1.ID: "old"})
+		_, err = x.sql().ExecContext(x.ctx, "UPDATE certificate SET status = $1 WHERE id = $2", string(domain.CertificateArchived), old.ID)
+		x.must(err)
+		same(t, "after archiving", held(), map[string]string{})
+		x.create(x.order("new", t1))
+		same(t, "ordered anew", held(), map[string]string{t1.ID: "new"})
+		none, err := x.TargetsInUse(x.ctx, nil)
+		x.must(err)
+		same(t, "of none", none, map[string]string{})
+	})
+}
+
 func TestCreateCertificateOncePerRequest(t *testing.T) {
 	each(t, func(t *testing.T, x *estate) {
 		g, h := x.target(x.agent("web"), "t1"), x.target(x.agent("web-b"), "t2")
