@@ -496,7 +496,7 @@ func TestAgentCutAnywhere(t *testing.T) {
 			for done := false; !done; {
 				at++
 				name := fmt.Sprintf("a%d", at)
-					w.arm(at, wire)
+				w.arm(at, wire)
 				w.order(name, "one", "two")
 				point, fired := w.fired()
 				done = !fired
