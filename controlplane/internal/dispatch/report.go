@@ -117,8 +117,9 @@ func settledBy(ref domain.JobRef, s domain.Settlement) Settled {
 	return st
 }
 
-// failureOf is what may be said of err: its class, and its sentence unless it is a defect of ours.
-func failureOf(err error) Failure {
+// FailureOf is what an agent or an operator may be told of err: its class, and the first classified error's sentence,
+// after its field, unless it is a defect of ours.
+func FailureOf(err error) Failure {
 	f := Failure{Class: fault.ClassOf(err), Message: "something failed inside the control plane; its log has the details"}
 	var e *fault.Error
 	switch {
@@ -258,7 +259,7 @@ func (m *machine) issued(e Issued) {
 	case fault.Is(e.Err, fault.Conflict), fault.Is(e.Err, fault.NotFound):
 		m.doubt(it)
 	default:
-		it.failure = failureOf(e.Err)
+		it.failure = FailureOf(e.Err)
 		m.fail(it, it.current)
 	}
 }
@@ -277,7 +278,7 @@ func (m *machine) completed(e Completed) {
 	case fault.MayRetry(e.Err):
 		m.later(it)
 	default:
-		it.failure = failureOf(e.Err)
+		it.failure = FailureOf(e.Err)
 		m.fail(it, it.current)
 	}
 }

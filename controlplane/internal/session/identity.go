@@ -16,6 +16,7 @@ import (
 
 	"github.com/certmesh/certmesh/controlplane/internal/authz"
 	"github.com/certmesh/certmesh/controlplane/internal/ca"
+	"github.com/certmesh/certmesh/controlplane/internal/dispatch"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/hub"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
@@ -101,7 +102,7 @@ func (s *Server) refused(ctx context.Context, who caller, action, resource strin
 	if s.guard.mayAudit() {
 		actx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 3*time.Second)
 		defer cancel()
-		if aerr := s.audit(actx, who, action, resource, string(class), map[string]string{"message": failureOf(err).Message}); aerr != nil {
+		if aerr := s.audit(actx, who, action, resource, string(class), map[string]string{"message": dispatch.FailureOf(err).Message}); aerr != nil {
 			s.cfg.Log.Error("refusal not audited", "request_id", who.requestID, "err", aerr)
 		}
 	}

@@ -242,7 +242,7 @@ func endProtocol(low, high int32) End {
 
 // endError ends a stream by an error's class and sentence, without a Goodbye.
 func endError(err error) End {
-	f := failureOf(err)
+	f := dispatch.FailureOf(err)
 	return End{Code: codeOf(f.Class), Message: f.Message, Silent: true, Now: true}
 }
 
@@ -277,7 +277,7 @@ func Step(s State, e Event) (State, []Effect) {
 	case IdentityMade:
 		m.renewing = false
 		if e.Err != nil {
-			m.do(SendIdentity{Failure: failureOf(e.Err)})
+			m.do(SendIdentity{Failure: dispatch.FailureOf(e.Err)})
 			break
 		}
 		m.do(SendIdentity{Chain: e.Chain})

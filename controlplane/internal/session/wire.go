@@ -190,25 +190,6 @@ func assignmentPB(w domain.Work) *agentpb.Assignment {
 	return a
 }
 
-// failureOf is what an agent may be told of err: the class, and the first classified error's sentence unless the defect is
-// ours.
-func failureOf(err error) dispatch.Failure {
-	f := dispatch.Failure{Class: fault.ClassOf(err), Message: "something failed inside the control plane; its log has the details"}
-	var e *fault.Error
-	switch {
-	case !errors.As(err, &e):
-		if f.Class == fault.Retryable {
-			f.Message = "it took too long; try again"
-		}
-	case e.Class == fault.Internal:
-	case e.Field != "":
-		f.Message = e.Field + ": " + e.Message
-	default:
-		f.Message = e.Message
-	}
-	return f
-}
-
 func codeOf(c fault.Class) codes.Code {
 	switch c {
 	case fault.Retryable:
@@ -243,7 +224,7 @@ func statusOf(err error, requestID string, now time.Time) error {
 	if st, ok := status.FromError(err); ok && !classified {
 		return st.Err()
 	}
-	f := failureOf(err)
+	f := dispatch.FailureOf(err)
 	details := []protoadapt.MessageV1{&errdetails.ErrorInfo{Reason: strings.ToUpper(string(f.Class)), Domain: "certmesh",
 		Metadata: map[string]string{"class": string(f.Class), "request_id": requestID}}}
 	if classified && e.Class == fault.Invalid {
