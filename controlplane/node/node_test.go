@@ -189,7 +189,7 @@ func TestAPIKeysBesideTheStore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }()
 	if _, err := authz.Authenticate(t.Context(), s, key, time.Now()); !fault.Is(err, fault.Unauthorized) {
 		t.Errorf("a revoked key got in: %v", err)
 	}

@@ -39,7 +39,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7)`, k.ID, k.Name, k.Role, k.Hash, micro(k.Expi
 	})
 }
 
-const apiKeyColumns = "id, name, role, hash, expires_at, revoked_at, created_at"
+const apiKeyColumns = "id, name, role, hash, expires_at, revoked_at, created_at" //nolint:gosec // names of columns
 
 func scanAPIKey(scan scanner) (domain.APIKey, error) {
 	var k domain.APIKey

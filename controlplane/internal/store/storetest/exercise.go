@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"errors"
 	"slices"
 	"strconv"
 	"sync"
@@ -114,7 +115,7 @@ func ExerciseStumbling(t *testing.T, e Engine) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			list := scenarios
-			if f, ok := fresh().(*stumble); ok && f.commit == store.ErrSerialization {
+			if f, ok := fresh().(*stumble); ok && errors.Is(f.commit, store.ErrSerialization) {
 				list = append(slices.Clone(list), crowd)
 			}
 			exercise(t, e, list, func(c *store.Config) { c.Faults = fresh() })
