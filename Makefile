@@ -69,8 +69,9 @@ test-deps:
 	@tools/testdeps.sh
 
 .PHONY: chaos
-chaos: ## Kill server and agent CHAOS_ROUNDS times (200) at random moments
+chaos: ## Kill server and agent CHAOS_ROUNDS times (200) at random moments, then at every single event
 	CERTMESH_CHAOS_ROUNDS=$(CHAOS_ROUNDS) go test -v -count=1 -run TestChaos -timeout 30m ./e2e/...
+	CERTMESH_CUT_EVERY=1 go test -v -count=1 -run CutAnywhere -timeout 30m ./controlplane/node
 
 .PHONY: bench
 bench: ## Run the benchmarks
