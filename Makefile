@@ -52,7 +52,7 @@ demo: ## Issue, deploy, verify and renew a certificate on this machine; KEEP=1 l
 test: test-deps $(BUF) ## Run everything with the race detector; installs what is missing
 	@mkdir -p bin/test
 	@rm -f bin/test/sql.jsonl
-	CERTMESH_SQL_DUMP=$(CURDIR)/bin/test/sql.jsonl go run ./e2e/testrun -race -timeout 15m \
+	CERTMESH_SQL_DUMP=$(CURDIR)/bin/test/sql.jsonl go run ./e2e/testrun -race -timeout 25m \
 	  -check 'format=make -s check-format' \
 	  -check 'vet=make -s check-vet' \
 	  -check 'proto-lint=make -s check-proto-lint' \
