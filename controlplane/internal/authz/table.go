@@ -9,15 +9,16 @@ import (
 // Role is what an API key may do.
 type Role string
 
-// The roles; each includes what the one after it may do.
+// The roles. Every one reads; an approver decides on what others ordered, and an operator does not.
 const (
 	Admin    Role = "admin"    // everything, including who may join, CAs and retiring hosts
 	Operator Role = "operator" // orders, renews and revokes certificates, keeps targets, cancels jobs
+	Approver Role = "approver" // approves and rejects jobs that wait for it
 	Viewer   Role = "viewer"   // reads
 )
 
 // roles lists every role.
-var roles = []Role{Admin, Operator, Viewer}
+var roles = []Role{Admin, Operator, Approver, Viewer}
 
 func (r Role) valid() bool { return slices.Contains(roles, r) }
 
@@ -30,6 +31,7 @@ const (
 	WriteCertificates Permission = "certificates.write"
 	WriteTargets      Permission = "targets.write"
 	WriteJobs         Permission = "jobs.write"
+	ApproveJobs       Permission = "jobs.approve"
 	WriteAgents       Permission = "agents.write"
 	WriteIssuers      Permission = "issuers.write"
 )
@@ -38,7 +40,8 @@ const (
 var grants = map[Role][]Permission{
 	Viewer:   {Read},
 	Operator: {Read, WriteCertificates, WriteTargets, WriteJobs},
-	Admin:    {Read, WriteCertificates, WriteTargets, WriteJobs, WriteAgents, WriteIssuers},
+	Approver: {Read, ApproveJobs},
+	Admin:    {Read, WriteCertificates, WriteTargets, WriteJobs, ApproveJobs, WriteAgents, WriteIssuers},
 }
 
 // methods is the only place that says what a method needs.
@@ -48,6 +51,8 @@ var methods = map[string]Permission{
 	operatorpb.CertificatesService_CreateCertificate_FullMethodName:  WriteCertificates,
 	operatorpb.CertificatesService_RenewCertificate_FullMethodName:   WriteCertificates,
 	operatorpb.CertificatesService_RevokeCertificate_FullMethodName:  WriteCertificates,
+	operatorpb.CertificatesService_DeployCertificate_FullMethodName:  WriteCertificates,
+	operatorpb.CertificatesService_VerifyCertificate_FullMethodName:  WriteCertificates,
 	operatorpb.CertificatesService_ListVersions_FullMethodName:       Read,
 	operatorpb.CertificatesService_ExplainCertificate_FullMethodName: Read,
 	operatorpb.AgentsService_ListAgents_FullMethodName:               Read,
@@ -55,9 +60,13 @@ var methods = map[string]Permission{
 	operatorpb.AgentsService_RetireAgent_FullMethodName:              WriteAgents,
 	operatorpb.AgentsService_ReleaseAgent_FullMethodName:             WriteAgents,
 	operatorpb.AgentsService_CreateJoinToken_FullMethodName:          WriteAgents,
+	operatorpb.AgentsService_ListJoinTokens_FullMethodName:           Read,
+	operatorpb.AgentsService_RevokeJoinToken_FullMethodName:          WriteAgents,
 	operatorpb.JobsService_ListJobs_FullMethodName:                   Read,
 	operatorpb.JobsService_GetJob_FullMethodName:                     Read,
 	operatorpb.JobsService_CancelJob_FullMethodName:                  WriteJobs,
+	operatorpb.JobsService_ApproveJob_FullMethodName:                 ApproveJobs,
+	operatorpb.JobsService_RejectJob_FullMethodName:                  ApproveJobs,
 	operatorpb.IssuersService_ListIssuers_FullMethodName:             Read,
 	operatorpb.IssuersService_GetIssuer_FullMethodName:               Read,
 	operatorpb.IssuersService_CreateIssuer_FullMethodName:            WriteIssuers,

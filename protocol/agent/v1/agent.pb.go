@@ -36,6 +36,8 @@ const (
 	WorkClass_WORK_CLASS_KEY WorkClass = 1
 	// Install a certificate at a target and verify it.
 	WorkClass_WORK_CLASS_DEPLOY WorkClass = 2
+	// Look at a target and report what it holds and serves; nothing is changed.
+	WorkClass_WORK_CLASS_VERIFY WorkClass = 3
 )
 
 // Enum value maps for WorkClass.
@@ -44,11 +46,13 @@ var (
 		0: "WORK_CLASS_UNSPECIFIED",
 		1: "WORK_CLASS_KEY",
 		2: "WORK_CLASS_DEPLOY",
+		3: "WORK_CLASS_VERIFY",
 	}
 	WorkClass_value = map[string]int32{
 		"WORK_CLASS_UNSPECIFIED": 0,
 		"WORK_CLASS_KEY":         1,
 		"WORK_CLASS_DEPLOY":      2,
+		"WORK_CLASS_VERIFY":      3,
 	}
 )
 
@@ -241,7 +245,7 @@ func (x Settled_Outcome) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Settled_Outcome.Descriptor instead.
 func (Settled_Outcome) EnumDescriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30, 0}
 }
 
 type Goodbye_Reason int32
@@ -306,7 +310,7 @@ func (x Goodbye_Reason) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Goodbye_Reason.Descriptor instead.
 func (Goodbye_Reason) EnumDescriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35, 0}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37, 0}
 }
 
 // EnrollRequest asks for a first identity.
@@ -726,6 +730,7 @@ type ConnectRequest struct {
 	//	*ConnectRequest_Beat
 	//	*ConnectRequest_IdentityCsr
 	//	*ConnectRequest_Goodbye
+	//	*ConnectRequest_Observed
 	Message       isConnectRequest_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -867,6 +872,15 @@ func (x *ConnectRequest) GetGoodbye() *Goodbye {
 	return nil
 }
 
+func (x *ConnectRequest) GetObserved() *Observed {
+	if x != nil {
+		if x, ok := x.Message.(*ConnectRequest_Observed); ok {
+			return x.Observed
+		}
+	}
+	return nil
+}
+
 type isConnectRequest_Message interface {
 	isConnectRequest_Message()
 }
@@ -915,6 +929,10 @@ type ConnectRequest_Goodbye struct {
 	Goodbye *Goodbye `protobuf:"bytes,11,opt,name=goodbye,proto3,oneof"`
 }
 
+type ConnectRequest_Observed struct {
+	Observed *Observed `protobuf:"bytes,12,opt,name=observed,proto3,oneof"`
+}
+
 func (*ConnectRequest_Hello) isConnectRequest_Message() {}
 
 func (*ConnectRequest_Credit) isConnectRequest_Message() {}
@@ -936,6 +954,8 @@ func (*ConnectRequest_Beat) isConnectRequest_Message() {}
 func (*ConnectRequest_IdentityCsr) isConnectRequest_Message() {}
 
 func (*ConnectRequest_Goodbye) isConnectRequest_Message() {}
+
+func (*ConnectRequest_Observed) isConnectRequest_Message() {}
 
 // ConnectResponse is one message from the server.
 type ConnectResponse struct {
@@ -1786,8 +1806,10 @@ type Settings struct {
 	BeatIntervalMs int64                  `protobuf:"varint,1,opt,name=beat_interval_ms,json=beatIntervalMs,proto3" json:"beat_interval_ms,omitempty"`
 	// How long a deployment is verified before it counts as failed. 0: 5000.
 	VerifyTimeoutMs int64 `protobuf:"varint,2,opt,name=verify_timeout_ms,json=verifyTimeoutMs,proto3" json:"verify_timeout_ms,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// How often the agent looks, by itself, at what its targets hold and serve. 0: never.
+	VerifyIntervalMs int64 `protobuf:"varint,3,opt,name=verify_interval_ms,json=verifyIntervalMs,proto3" json:"verify_interval_ms,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Settings) Reset() {
@@ -1830,6 +1852,13 @@ func (x *Settings) GetBeatIntervalMs() int64 {
 func (x *Settings) GetVerifyTimeoutMs() int64 {
 	if x != nil {
 		return x.VerifyTimeoutMs
+	}
+	return 0
+}
+
+func (x *Settings) GetVerifyIntervalMs() int64 {
+	if x != nil {
+		return x.VerifyIntervalMs
 	}
 	return 0
 }
@@ -2053,6 +2082,7 @@ type Assignment struct {
 	//
 	//	*Assignment_Key
 	//	*Assignment_Deploy
+	//	*Assignment_Verify
 	Work          isAssignment_Work `protobuf_oneof:"work"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2148,6 +2178,15 @@ func (x *Assignment) GetDeploy() *DeployWork {
 	return nil
 }
 
+func (x *Assignment) GetVerify() *VerifyWork {
+	if x != nil {
+		if x, ok := x.Work.(*Assignment_Verify); ok {
+			return x.Verify
+		}
+	}
+	return nil
+}
+
 type isAssignment_Work interface {
 	isAssignment_Work()
 }
@@ -2160,9 +2199,15 @@ type Assignment_Deploy struct {
 	Deploy *DeployWork `protobuf:"bytes,7,opt,name=deploy,proto3,oneof"`
 }
 
+type Assignment_Verify struct {
+	Verify *VerifyWork `protobuf:"bytes,8,opt,name=verify,proto3,oneof"`
+}
+
 func (*Assignment_Key) isAssignment_Work() {}
 
 func (*Assignment_Deploy) isAssignment_Work() {}
+
+func (*Assignment_Verify) isAssignment_Work() {}
 
 // KeyWork: make (or find again) the key of one generation and return a CSR.
 type KeyWork struct {
@@ -2345,6 +2390,86 @@ func (x *DeployWork) GetVerifyTimeoutMs() int64 {
 	return 0
 }
 
+// VerifyWork: read what a target holds, probe what it serves, and compare with what was deployed there. The Result is
+// Deployed with what was found when that is the leaf wanted, else a Failure that says what is there instead.
+type VerifyWork struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CertificateId string                 `protobuf:"bytes,1,opt,name=certificate_id,json=certificateId,proto3" json:"certificate_id,omitempty"`
+	Generation    int64                  `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	// SHA-256 of the leaf that is wanted.
+	Fingerprint []byte      `protobuf:"bytes,3,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	Target      *TargetSpec `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
+	// 0: the setting's value.
+	VerifyTimeoutMs int64 `protobuf:"varint,5,opt,name=verify_timeout_ms,json=verifyTimeoutMs,proto3" json:"verify_timeout_ms,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *VerifyWork) Reset() {
+	*x = VerifyWork{}
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyWork) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyWork) ProtoMessage() {}
+
+func (x *VerifyWork) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyWork.ProtoReflect.Descriptor instead.
+func (*VerifyWork) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *VerifyWork) GetCertificateId() string {
+	if x != nil {
+		return x.CertificateId
+	}
+	return ""
+}
+
+func (x *VerifyWork) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *VerifyWork) GetFingerprint() []byte {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return nil
+}
+
+func (x *VerifyWork) GetTarget() *TargetSpec {
+	if x != nil {
+		return x.Target
+	}
+	return nil
+}
+
+func (x *VerifyWork) GetVerifyTimeoutMs() int64 {
+	if x != nil {
+		return x.VerifyTimeoutMs
+	}
+	return 0
+}
+
 // Accepted: the assignment is in the agent's journal on disk.
 type Accepted struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2356,7 +2481,7 @@ type Accepted struct {
 
 func (x *Accepted) Reset() {
 	*x = Accepted{}
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2368,7 +2493,7 @@ func (x *Accepted) String() string {
 func (*Accepted) ProtoMessage() {}
 
 func (x *Accepted) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[23]
+	mi := &file_agent_v1_agent_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2381,7 +2506,7 @@ func (x *Accepted) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Accepted.ProtoReflect.Descriptor instead.
 func (*Accepted) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{23}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Accepted) GetId() string {
@@ -2411,7 +2536,7 @@ type Progress struct {
 
 func (x *Progress) Reset() {
 	*x = Progress{}
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2423,7 +2548,7 @@ func (x *Progress) String() string {
 func (*Progress) ProtoMessage() {}
 
 func (x *Progress) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[24]
+	mi := &file_agent_v1_agent_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2436,7 +2561,7 @@ func (x *Progress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Progress.ProtoReflect.Descriptor instead.
 func (*Progress) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{24}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Progress) GetId() string {
@@ -2473,7 +2598,7 @@ type Csr struct {
 
 func (x *Csr) Reset() {
 	*x = Csr{}
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2485,7 +2610,7 @@ func (x *Csr) String() string {
 func (*Csr) ProtoMessage() {}
 
 func (x *Csr) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[25]
+	mi := &file_agent_v1_agent_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2498,7 +2623,7 @@ func (x *Csr) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Csr.ProtoReflect.Descriptor instead.
 func (*Csr) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{25}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Csr) GetId() string {
@@ -2538,7 +2663,7 @@ type Result struct {
 
 func (x *Result) Reset() {
 	*x = Result{}
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2550,7 +2675,7 @@ func (x *Result) String() string {
 func (*Result) ProtoMessage() {}
 
 func (x *Result) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[26]
+	mi := &file_agent_v1_agent_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2563,7 +2688,7 @@ func (x *Result) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Result.ProtoReflect.Descriptor instead.
 func (*Result) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Result) GetId() string {
@@ -2636,7 +2761,7 @@ type Deployed struct {
 
 func (x *Deployed) Reset() {
 	*x = Deployed{}
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2648,7 +2773,7 @@ func (x *Deployed) String() string {
 func (*Deployed) ProtoMessage() {}
 
 func (x *Deployed) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[27]
+	mi := &file_agent_v1_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2661,7 +2786,7 @@ func (x *Deployed) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Deployed.ProtoReflect.Descriptor instead.
 func (*Deployed) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Deployed) GetInstalledFingerprint() []byte {
@@ -2707,7 +2832,7 @@ type Failure struct {
 
 func (x *Failure) Reset() {
 	*x = Failure{}
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +2844,7 @@ func (x *Failure) String() string {
 func (*Failure) ProtoMessage() {}
 
 func (x *Failure) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[28]
+	mi := &file_agent_v1_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +2857,7 @@ func (x *Failure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Failure.ProtoReflect.Descriptor instead.
 func (*Failure) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Failure) GetClass() string {
@@ -2775,7 +2900,7 @@ type Settled struct {
 
 func (x *Settled) Reset() {
 	*x = Settled{}
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2787,7 +2912,7 @@ func (x *Settled) String() string {
 func (*Settled) ProtoMessage() {}
 
 func (x *Settled) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[29]
+	mi := &file_agent_v1_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2800,7 +2925,7 @@ func (x *Settled) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Settled.ProtoReflect.Descriptor instead.
 func (*Settled) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Settled) GetId() string {
@@ -2863,7 +2988,7 @@ type Cancel struct {
 
 func (x *Cancel) Reset() {
 	*x = Cancel{}
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +3000,7 @@ func (x *Cancel) String() string {
 func (*Cancel) ProtoMessage() {}
 
 func (x *Cancel) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[30]
+	mi := &file_agent_v1_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +3013,7 @@ func (x *Cancel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Cancel.ProtoReflect.Descriptor instead.
 func (*Cancel) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Cancel) GetId() string {
@@ -2916,7 +3041,7 @@ type Move struct {
 
 func (x *Move) Reset() {
 	*x = Move{}
-	mi := &file_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2928,7 +3053,7 @@ func (x *Move) String() string {
 func (*Move) ProtoMessage() {}
 
 func (x *Move) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[31]
+	mi := &file_agent_v1_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2941,7 +3066,7 @@ func (x *Move) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Move.ProtoReflect.Descriptor instead.
 func (*Move) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Move) GetNodes() []string {
@@ -2958,6 +3083,105 @@ func (x *Move) GetWindowMs() int64 {
 	return 0
 }
 
+// Observed says that a target holds or serves something else than the last deployment left there, or does so no longer
+// after an earlier Observed. Sent when that changes and again on every new stream while it is so; not answered: the
+// server makes a deployment of what it wants.
+type Observed struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TargetId      string                 `protobuf:"bytes,1,opt,name=target_id,json=targetId,proto3" json:"target_id,omitempty"`
+	CertificateId string                 `protobuf:"bytes,2,opt,name=certificate_id,json=certificateId,proto3" json:"certificate_id,omitempty"`
+	// The generation that was deployed.
+	Generation int64 `protobuf:"varint,3,opt,name=generation,proto3" json:"generation,omitempty"`
+	// SHA-256 of the leaf found; empty: none, or it cannot be read.
+	InstalledFingerprint []byte `protobuf:"bytes,4,opt,name=installed_fingerprint,json=installedFingerprint,proto3" json:"installed_fingerprint,omitempty"`
+	// SHA-256 of the leaf seen in the handshake; empty: not probed, or no handshake.
+	ServedFingerprint []byte `protobuf:"bytes,5,opt,name=served_fingerprint,json=servedFingerprint,proto3" json:"served_fingerprint,omitempty"`
+	ObservedUnixUs    int64  `protobuf:"varint,6,opt,name=observed_unix_us,json=observedUnixUs,proto3" json:"observed_unix_us,omitempty"`
+	// What differs, in a sentence; absent: all is as it was deployed.
+	Problem       *Failure `protobuf:"bytes,7,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Observed) Reset() {
+	*x = Observed{}
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Observed) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Observed) ProtoMessage() {}
+
+func (x *Observed) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Observed.ProtoReflect.Descriptor instead.
+func (*Observed) Descriptor() ([]byte, []int) {
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *Observed) GetTargetId() string {
+	if x != nil {
+		return x.TargetId
+	}
+	return ""
+}
+
+func (x *Observed) GetCertificateId() string {
+	if x != nil {
+		return x.CertificateId
+	}
+	return ""
+}
+
+func (x *Observed) GetGeneration() int64 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *Observed) GetInstalledFingerprint() []byte {
+	if x != nil {
+		return x.InstalledFingerprint
+	}
+	return nil
+}
+
+func (x *Observed) GetServedFingerprint() []byte {
+	if x != nil {
+		return x.ServedFingerprint
+	}
+	return nil
+}
+
+func (x *Observed) GetObservedUnixUs() int64 {
+	if x != nil {
+		return x.ObservedUnixUs
+	}
+	return 0
+}
+
+func (x *Observed) GetProblem() *Failure {
+	if x != nil {
+		return x.Problem
+	}
+	return nil
+}
+
 // Beat is a sign of life; it is not written.
 type Beat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2968,7 +3192,7 @@ type Beat struct {
 
 func (x *Beat) Reset() {
 	*x = Beat{}
-	mi := &file_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2980,7 +3204,7 @@ func (x *Beat) String() string {
 func (*Beat) ProtoMessage() {}
 
 func (x *Beat) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[32]
+	mi := &file_agent_v1_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2993,7 +3217,7 @@ func (x *Beat) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Beat.ProtoReflect.Descriptor instead.
 func (*Beat) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Beat) GetSentUnixUs() int64 {
@@ -3013,7 +3237,7 @@ type IdentityCsr struct {
 
 func (x *IdentityCsr) Reset() {
 	*x = IdentityCsr{}
-	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3025,7 +3249,7 @@ func (x *IdentityCsr) String() string {
 func (*IdentityCsr) ProtoMessage() {}
 
 func (x *IdentityCsr) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[33]
+	mi := &file_agent_v1_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3038,7 +3262,7 @@ func (x *IdentityCsr) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentityCsr.ProtoReflect.Descriptor instead.
 func (*IdentityCsr) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *IdentityCsr) GetCsr() []byte {
@@ -3059,7 +3283,7 @@ type IdentityIssued struct {
 
 func (x *IdentityIssued) Reset() {
 	*x = IdentityIssued{}
-	mi := &file_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3071,7 +3295,7 @@ func (x *IdentityIssued) String() string {
 func (*IdentityIssued) ProtoMessage() {}
 
 func (x *IdentityIssued) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[34]
+	mi := &file_agent_v1_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3084,7 +3308,7 @@ func (x *IdentityIssued) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IdentityIssued.ProtoReflect.Descriptor instead.
 func (*IdentityIssued) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *IdentityIssued) GetChain() [][]byte {
@@ -3115,7 +3339,7 @@ type Goodbye struct {
 
 func (x *Goodbye) Reset() {
 	*x = Goodbye{}
-	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3127,7 +3351,7 @@ func (x *Goodbye) String() string {
 func (*Goodbye) ProtoMessage() {}
 
 func (x *Goodbye) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[35]
+	mi := &file_agent_v1_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3140,7 +3364,7 @@ func (x *Goodbye) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Goodbye.ProtoReflect.Descriptor instead.
 func (*Goodbye) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Goodbye) GetReason() Goodbye_Reason {
@@ -3184,7 +3408,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3196,7 +3420,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[36]
+	mi := &file_agent_v1_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3209,7 +3433,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ReportRequest) GetBody() isReportRequest_Body {
@@ -3249,7 +3473,7 @@ type HeldLeaves struct {
 
 func (x *HeldLeaves) Reset() {
 	*x = HeldLeaves{}
-	mi := &file_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3261,7 +3485,7 @@ func (x *HeldLeaves) String() string {
 func (*HeldLeaves) ProtoMessage() {}
 
 func (x *HeldLeaves) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[37]
+	mi := &file_agent_v1_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3274,7 +3498,7 @@ func (x *HeldLeaves) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldLeaves.ProtoReflect.Descriptor instead.
 func (*HeldLeaves) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *HeldLeaves) GetLeaves() []*HeldLeaf {
@@ -3303,7 +3527,7 @@ type HeldLeaf struct {
 
 func (x *HeldLeaf) Reset() {
 	*x = HeldLeaf{}
-	mi := &file_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3315,7 +3539,7 @@ func (x *HeldLeaf) String() string {
 func (*HeldLeaf) ProtoMessage() {}
 
 func (x *HeldLeaf) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[38]
+	mi := &file_agent_v1_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3328,7 +3552,7 @@ func (x *HeldLeaf) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HeldLeaf.ProtoReflect.Descriptor instead.
 func (*HeldLeaf) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *HeldLeaf) GetCertificateId() string {
@@ -3363,7 +3587,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3375,7 +3599,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_v1_agent_proto_msgTypes[39]
+	mi := &file_agent_v1_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3388,7 +3612,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_agent_v1_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_v1_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ReportResponse) GetUnknown() int32 {
@@ -3430,7 +3654,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"ip_address\x18\x04 \x01(\tR\tipAddress\x12\x1a\n" +
 	"\bhostname\x18\x05 \x01(\tR\bhostname\x12\x18\n" +
-	"\aversion\x18\x06 \x01(\tR\aversion\"\xf8\x04\n" +
+	"\aversion\x18\x06 \x01(\tR\aversion\"\xb3\x05\n" +
 	"\x0eConnectRequest\x120\n" +
 	"\x05hello\x18\x01 \x01(\v2\x18.certmesh.agent.v1.HelloH\x00R\x05hello\x123\n" +
 	"\x06credit\x18\x02 \x01(\v2\x19.certmesh.agent.v1.CreditH\x00R\x06credit\x129\n" +
@@ -3443,7 +3667,8 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x04beat\x18\t \x01(\v2\x17.certmesh.agent.v1.BeatH\x00R\x04beat\x12C\n" +
 	"\fidentity_csr\x18\n" +
 	" \x01(\v2\x1e.certmesh.agent.v1.IdentityCsrH\x00R\videntityCsr\x126\n" +
-	"\agoodbye\x18\v \x01(\v2\x1a.certmesh.agent.v1.GoodbyeH\x00R\agoodbyeB\t\n" +
+	"\agoodbye\x18\v \x01(\v2\x1a.certmesh.agent.v1.GoodbyeH\x00R\agoodbye\x129\n" +
+	"\bobserved\x18\f \x01(\v2\x1b.certmesh.agent.v1.ObservedH\x00R\bobservedB\t\n" +
 	"\amessage\"\xe9\x03\n" +
 	"\x0fConnectResponse\x126\n" +
 	"\awelcome\x18\x01 \x01(\v2\x1a.certmesh.agent.v1.WelcomeH\x00R\awelcome\x12?\n" +
@@ -3514,10 +3739,11 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\x06target\x18\x04 \x01(\v2\x1d.certmesh.agent.v1.TargetSpecH\x00R\x06target\x126\n" +
 	"\aremoved\x18\x05 \x01(\v2\x1a.certmesh.agent.v1.RemovedH\x00R\aremovedB\x06\n" +
 	"\x04body\"\t\n" +
-	"\aRemoved\"`\n" +
+	"\aRemoved\"\x8e\x01\n" +
 	"\bSettings\x12(\n" +
 	"\x10beat_interval_ms\x18\x01 \x01(\x03R\x0ebeatIntervalMs\x12*\n" +
-	"\x11verify_timeout_ms\x18\x02 \x01(\x03R\x0fverifyTimeoutMs\"\xa8\x01\n" +
+	"\x11verify_timeout_ms\x18\x02 \x01(\x03R\x0fverifyTimeoutMs\x12,\n" +
+	"\x12verify_interval_ms\x18\x03 \x01(\x03R\x10verifyIntervalMs\"\xa8\x01\n" +
 	"\n" +
 	"TargetSpec\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -3533,7 +3759,7 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\aversion\x18\x01 \x01(\v2\x1f.certmesh.agent.v1.StateVersionR\aversion\x12#\n" +
 	"\rassignment_id\x18\x02 \x01(\tR\fassignmentId\x12\x18\n" +
 	"\aattempt\x18\x03 \x01(\x03R\aattempt\x124\n" +
-	"\afailure\x18\x04 \x01(\v2\x1a.certmesh.agent.v1.FailureR\afailure\"\xa4\x02\n" +
+	"\afailure\x18\x04 \x01(\v2\x1a.certmesh.agent.v1.FailureR\afailure\"\xdd\x02\n" +
 	"\n" +
 	"Assignment\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
@@ -3543,7 +3769,8 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x05 \x01(\tR\trequestId\x12.\n" +
 	"\x03key\x18\x06 \x01(\v2\x1a.certmesh.agent.v1.KeyWorkH\x00R\x03key\x127\n" +
-	"\x06deploy\x18\a \x01(\v2\x1d.certmesh.agent.v1.DeployWorkH\x00R\x06deployB\x06\n" +
+	"\x06deploy\x18\a \x01(\v2\x1d.certmesh.agent.v1.DeployWorkH\x00R\x06deploy\x127\n" +
+	"\x06verify\x18\b \x01(\v2\x1d.certmesh.agent.v1.VerifyWorkH\x00R\x06verifyB\x06\n" +
 	"\x04work\"\x93\x02\n" +
 	"\aKeyWork\x12%\n" +
 	"\x0ecertificate_id\x18\x01 \x01(\tR\rcertificateId\x12\x1e\n" +
@@ -3564,6 +3791,15 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"generation\x18\x02 \x01(\x03R\n" +
 	"generation\x12\x14\n" +
 	"\x05chain\x18\x03 \x03(\fR\x05chain\x125\n" +
+	"\x06target\x18\x04 \x01(\v2\x1d.certmesh.agent.v1.TargetSpecR\x06target\x12*\n" +
+	"\x11verify_timeout_ms\x18\x05 \x01(\x03R\x0fverifyTimeoutMs\"\xd8\x01\n" +
+	"\n" +
+	"VerifyWork\x12%\n" +
+	"\x0ecertificate_id\x18\x01 \x01(\tR\rcertificateId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x03R\n" +
+	"generation\x12 \n" +
+	"\vfingerprint\x18\x03 \x01(\fR\vfingerprint\x125\n" +
 	"\x06target\x18\x04 \x01(\v2\x1d.certmesh.agent.v1.TargetSpecR\x06target\x12*\n" +
 	"\x11verify_timeout_ms\x18\x05 \x01(\x03R\x0fverifyTimeoutMs\"4\n" +
 	"\bAccepted\x12\x0e\n" +
@@ -3613,7 +3849,17 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"\aattempt\x18\x02 \x01(\x03R\aattempt\"9\n" +
 	"\x04Move\x12\x14\n" +
 	"\x05nodes\x18\x01 \x03(\tR\x05nodes\x12\x1b\n" +
-	"\twindow_ms\x18\x02 \x01(\x03R\bwindowMs\"(\n" +
+	"\twindow_ms\x18\x02 \x01(\x03R\bwindowMs\"\xb2\x02\n" +
+	"\bObserved\x12\x1b\n" +
+	"\ttarget_id\x18\x01 \x01(\tR\btargetId\x12%\n" +
+	"\x0ecertificate_id\x18\x02 \x01(\tR\rcertificateId\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x03 \x01(\x03R\n" +
+	"generation\x123\n" +
+	"\x15installed_fingerprint\x18\x04 \x01(\fR\x14installedFingerprint\x12-\n" +
+	"\x12served_fingerprint\x18\x05 \x01(\fR\x11servedFingerprint\x12(\n" +
+	"\x10observed_unix_us\x18\x06 \x01(\x03R\x0eobservedUnixUs\x124\n" +
+	"\aproblem\x18\a \x01(\v2\x1a.certmesh.agent.v1.FailureR\aproblem\"(\n" +
 	"\x04Beat\x12 \n" +
 	"\fsent_unix_us\x18\x01 \x01(\x03R\n" +
 	"sentUnixUs\"\x1f\n" +
@@ -3650,11 +3896,12 @@ const file_agent_v1_agent_proto_rawDesc = "" +
 	"generation\x12 \n" +
 	"\vcertificate\x18\x03 \x01(\fR\vcertificate\"*\n" +
 	"\x0eReportResponse\x12\x18\n" +
-	"\aunknown\x18\x01 \x01(\x05R\aunknown*R\n" +
+	"\aunknown\x18\x01 \x01(\x05R\aunknown*i\n" +
 	"\tWorkClass\x12\x1a\n" +
 	"\x16WORK_CLASS_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eWORK_CLASS_KEY\x10\x01\x12\x15\n" +
-	"\x11WORK_CLASS_DEPLOY\x10\x02*S\n" +
+	"\x11WORK_CLASS_DEPLOY\x10\x02\x12\x15\n" +
+	"\x11WORK_CLASS_VERIFY\x10\x03*S\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0ePHASE_ACCEPTED\x10\x01\x12\r\n" +
@@ -3680,7 +3927,7 @@ func file_agent_v1_agent_proto_rawDescGZIP() []byte {
 }
 
 var file_agent_v1_agent_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 41)
+var file_agent_v1_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_agent_v1_agent_proto_goTypes = []any{
 	(WorkClass)(0),             // 0: certmesh.agent.v1.WorkClass
 	(Phase)(0),                 // 1: certmesh.agent.v1.Phase
@@ -3710,24 +3957,26 @@ var file_agent_v1_agent_proto_goTypes = []any{
 	(*Assignment)(nil),         // 25: certmesh.agent.v1.Assignment
 	(*KeyWork)(nil),            // 26: certmesh.agent.v1.KeyWork
 	(*DeployWork)(nil),         // 27: certmesh.agent.v1.DeployWork
-	(*Accepted)(nil),           // 28: certmesh.agent.v1.Accepted
-	(*Progress)(nil),           // 29: certmesh.agent.v1.Progress
-	(*Csr)(nil),                // 30: certmesh.agent.v1.Csr
-	(*Result)(nil),             // 31: certmesh.agent.v1.Result
-	(*Deployed)(nil),           // 32: certmesh.agent.v1.Deployed
-	(*Failure)(nil),            // 33: certmesh.agent.v1.Failure
-	(*Settled)(nil),            // 34: certmesh.agent.v1.Settled
-	(*Cancel)(nil),             // 35: certmesh.agent.v1.Cancel
-	(*Move)(nil),               // 36: certmesh.agent.v1.Move
-	(*Beat)(nil),               // 37: certmesh.agent.v1.Beat
-	(*IdentityCsr)(nil),        // 38: certmesh.agent.v1.IdentityCsr
-	(*IdentityIssued)(nil),     // 39: certmesh.agent.v1.IdentityIssued
-	(*Goodbye)(nil),            // 40: certmesh.agent.v1.Goodbye
-	(*ReportRequest)(nil),      // 41: certmesh.agent.v1.ReportRequest
-	(*HeldLeaves)(nil),         // 42: certmesh.agent.v1.HeldLeaves
-	(*HeldLeaf)(nil),           // 43: certmesh.agent.v1.HeldLeaf
-	(*ReportResponse)(nil),     // 44: certmesh.agent.v1.ReportResponse
-	nil,                        // 45: certmesh.agent.v1.Hello.LabelsEntry
+	(*VerifyWork)(nil),         // 28: certmesh.agent.v1.VerifyWork
+	(*Accepted)(nil),           // 29: certmesh.agent.v1.Accepted
+	(*Progress)(nil),           // 30: certmesh.agent.v1.Progress
+	(*Csr)(nil),                // 31: certmesh.agent.v1.Csr
+	(*Result)(nil),             // 32: certmesh.agent.v1.Result
+	(*Deployed)(nil),           // 33: certmesh.agent.v1.Deployed
+	(*Failure)(nil),            // 34: certmesh.agent.v1.Failure
+	(*Settled)(nil),            // 35: certmesh.agent.v1.Settled
+	(*Cancel)(nil),             // 36: certmesh.agent.v1.Cancel
+	(*Move)(nil),               // 37: certmesh.agent.v1.Move
+	(*Observed)(nil),           // 38: certmesh.agent.v1.Observed
+	(*Beat)(nil),               // 39: certmesh.agent.v1.Beat
+	(*IdentityCsr)(nil),        // 40: certmesh.agent.v1.IdentityCsr
+	(*IdentityIssued)(nil),     // 41: certmesh.agent.v1.IdentityIssued
+	(*Goodbye)(nil),            // 42: certmesh.agent.v1.Goodbye
+	(*ReportRequest)(nil),      // 43: certmesh.agent.v1.ReportRequest
+	(*HeldLeaves)(nil),         // 44: certmesh.agent.v1.HeldLeaves
+	(*HeldLeaf)(nil),           // 45: certmesh.agent.v1.HeldLeaf
+	(*ReportResponse)(nil),     // 46: certmesh.agent.v1.ReportResponse
+	nil,                        // 47: certmesh.agent.v1.Hello.LabelsEntry
 }
 var file_agent_v1_agent_proto_depIdxs = []int32{
 	10, // 0: certmesh.agent.v1.EnrollRequest.facts:type_name -> certmesh.agent.v1.Facts
@@ -3735,67 +3984,71 @@ var file_agent_v1_agent_proto_depIdxs = []int32{
 	9,  // 2: certmesh.agent.v1.ReidentifyResponse.trust_bundle:type_name -> certmesh.agent.v1.TrustBundle
 	13, // 3: certmesh.agent.v1.ConnectRequest.hello:type_name -> certmesh.agent.v1.Hello
 	15, // 4: certmesh.agent.v1.ConnectRequest.credit:type_name -> certmesh.agent.v1.Credit
-	28, // 5: certmesh.agent.v1.ConnectRequest.accepted:type_name -> certmesh.agent.v1.Accepted
-	29, // 6: certmesh.agent.v1.ConnectRequest.progress:type_name -> certmesh.agent.v1.Progress
-	30, // 7: certmesh.agent.v1.ConnectRequest.csr:type_name -> certmesh.agent.v1.Csr
-	31, // 8: certmesh.agent.v1.ConnectRequest.result:type_name -> certmesh.agent.v1.Result
+	29, // 5: certmesh.agent.v1.ConnectRequest.accepted:type_name -> certmesh.agent.v1.Accepted
+	30, // 6: certmesh.agent.v1.ConnectRequest.progress:type_name -> certmesh.agent.v1.Progress
+	31, // 7: certmesh.agent.v1.ConnectRequest.csr:type_name -> certmesh.agent.v1.Csr
+	32, // 8: certmesh.agent.v1.ConnectRequest.result:type_name -> certmesh.agent.v1.Result
 	23, // 9: certmesh.agent.v1.ConnectRequest.applied:type_name -> certmesh.agent.v1.Applied
 	24, // 10: certmesh.agent.v1.ConnectRequest.rejected:type_name -> certmesh.agent.v1.Rejected
-	37, // 11: certmesh.agent.v1.ConnectRequest.beat:type_name -> certmesh.agent.v1.Beat
-	38, // 12: certmesh.agent.v1.ConnectRequest.identity_csr:type_name -> certmesh.agent.v1.IdentityCsr
-	40, // 13: certmesh.agent.v1.ConnectRequest.goodbye:type_name -> certmesh.agent.v1.Goodbye
-	16, // 14: certmesh.agent.v1.ConnectResponse.welcome:type_name -> certmesh.agent.v1.Welcome
-	25, // 15: certmesh.agent.v1.ConnectResponse.assignment:type_name -> certmesh.agent.v1.Assignment
-	35, // 16: certmesh.agent.v1.ConnectResponse.cancel:type_name -> certmesh.agent.v1.Cancel
-	34, // 17: certmesh.agent.v1.ConnectResponse.settled:type_name -> certmesh.agent.v1.Settled
-	19, // 18: certmesh.agent.v1.ConnectResponse.state:type_name -> certmesh.agent.v1.State
-	39, // 19: certmesh.agent.v1.ConnectResponse.identity_issued:type_name -> certmesh.agent.v1.IdentityIssued
-	36, // 20: certmesh.agent.v1.ConnectResponse.move:type_name -> certmesh.agent.v1.Move
-	40, // 21: certmesh.agent.v1.ConnectResponse.goodbye:type_name -> certmesh.agent.v1.Goodbye
-	10, // 22: certmesh.agent.v1.Hello.facts:type_name -> certmesh.agent.v1.Facts
-	45, // 23: certmesh.agent.v1.Hello.labels:type_name -> certmesh.agent.v1.Hello.LabelsEntry
-	18, // 24: certmesh.agent.v1.Hello.states:type_name -> certmesh.agent.v1.StateVersion
-	15, // 25: certmesh.agent.v1.Hello.credits:type_name -> certmesh.agent.v1.Credit
-	14, // 26: certmesh.agent.v1.Hello.open:type_name -> certmesh.agent.v1.OpenAssignment
-	1,  // 27: certmesh.agent.v1.OpenAssignment.phase:type_name -> certmesh.agent.v1.Phase
-	0,  // 28: certmesh.agent.v1.Credit.class:type_name -> certmesh.agent.v1.WorkClass
-	17, // 29: certmesh.agent.v1.Welcome.verdicts:type_name -> certmesh.agent.v1.Verdict
-	18, // 30: certmesh.agent.v1.Welcome.resend:type_name -> certmesh.agent.v1.StateVersion
-	2,  // 31: certmesh.agent.v1.Verdict.decision:type_name -> certmesh.agent.v1.Verdict.Decision
-	34, // 32: certmesh.agent.v1.Verdict.settled:type_name -> certmesh.agent.v1.Settled
-	18, // 33: certmesh.agent.v1.State.version:type_name -> certmesh.agent.v1.StateVersion
-	9,  // 34: certmesh.agent.v1.State.trust_bundle:type_name -> certmesh.agent.v1.TrustBundle
-	21, // 35: certmesh.agent.v1.State.settings:type_name -> certmesh.agent.v1.Settings
-	22, // 36: certmesh.agent.v1.State.target:type_name -> certmesh.agent.v1.TargetSpec
-	20, // 37: certmesh.agent.v1.State.removed:type_name -> certmesh.agent.v1.Removed
-	18, // 38: certmesh.agent.v1.Applied.version:type_name -> certmesh.agent.v1.StateVersion
-	18, // 39: certmesh.agent.v1.Rejected.version:type_name -> certmesh.agent.v1.StateVersion
-	33, // 40: certmesh.agent.v1.Rejected.failure:type_name -> certmesh.agent.v1.Failure
-	0,  // 41: certmesh.agent.v1.Assignment.class:type_name -> certmesh.agent.v1.WorkClass
-	26, // 42: certmesh.agent.v1.Assignment.key:type_name -> certmesh.agent.v1.KeyWork
-	27, // 43: certmesh.agent.v1.Assignment.deploy:type_name -> certmesh.agent.v1.DeployWork
-	22, // 44: certmesh.agent.v1.DeployWork.target:type_name -> certmesh.agent.v1.TargetSpec
-	32, // 45: certmesh.agent.v1.Result.deployed:type_name -> certmesh.agent.v1.Deployed
-	33, // 46: certmesh.agent.v1.Result.failure:type_name -> certmesh.agent.v1.Failure
-	3,  // 47: certmesh.agent.v1.Settled.outcome:type_name -> certmesh.agent.v1.Settled.Outcome
-	33, // 48: certmesh.agent.v1.Settled.failure:type_name -> certmesh.agent.v1.Failure
-	33, // 49: certmesh.agent.v1.IdentityIssued.failure:type_name -> certmesh.agent.v1.Failure
-	4,  // 50: certmesh.agent.v1.Goodbye.reason:type_name -> certmesh.agent.v1.Goodbye.Reason
-	42, // 51: certmesh.agent.v1.ReportRequest.leaves:type_name -> certmesh.agent.v1.HeldLeaves
-	43, // 52: certmesh.agent.v1.HeldLeaves.leaves:type_name -> certmesh.agent.v1.HeldLeaf
-	5,  // 53: certmesh.agent.v1.AgentService.Enroll:input_type -> certmesh.agent.v1.EnrollRequest
-	7,  // 54: certmesh.agent.v1.AgentService.Reidentify:input_type -> certmesh.agent.v1.ReidentifyRequest
-	11, // 55: certmesh.agent.v1.AgentService.Connect:input_type -> certmesh.agent.v1.ConnectRequest
-	41, // 56: certmesh.agent.v1.AgentService.Report:input_type -> certmesh.agent.v1.ReportRequest
-	6,  // 57: certmesh.agent.v1.AgentService.Enroll:output_type -> certmesh.agent.v1.EnrollResponse
-	8,  // 58: certmesh.agent.v1.AgentService.Reidentify:output_type -> certmesh.agent.v1.ReidentifyResponse
-	12, // 59: certmesh.agent.v1.AgentService.Connect:output_type -> certmesh.agent.v1.ConnectResponse
-	44, // 60: certmesh.agent.v1.AgentService.Report:output_type -> certmesh.agent.v1.ReportResponse
-	57, // [57:61] is the sub-list for method output_type
-	53, // [53:57] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	39, // 11: certmesh.agent.v1.ConnectRequest.beat:type_name -> certmesh.agent.v1.Beat
+	40, // 12: certmesh.agent.v1.ConnectRequest.identity_csr:type_name -> certmesh.agent.v1.IdentityCsr
+	42, // 13: certmesh.agent.v1.ConnectRequest.goodbye:type_name -> certmesh.agent.v1.Goodbye
+	38, // 14: certmesh.agent.v1.ConnectRequest.observed:type_name -> certmesh.agent.v1.Observed
+	16, // 15: certmesh.agent.v1.ConnectResponse.welcome:type_name -> certmesh.agent.v1.Welcome
+	25, // 16: certmesh.agent.v1.ConnectResponse.assignment:type_name -> certmesh.agent.v1.Assignment
+	36, // 17: certmesh.agent.v1.ConnectResponse.cancel:type_name -> certmesh.agent.v1.Cancel
+	35, // 18: certmesh.agent.v1.ConnectResponse.settled:type_name -> certmesh.agent.v1.Settled
+	19, // 19: certmesh.agent.v1.ConnectResponse.state:type_name -> certmesh.agent.v1.State
+	41, // 20: certmesh.agent.v1.ConnectResponse.identity_issued:type_name -> certmesh.agent.v1.IdentityIssued
+	37, // 21: certmesh.agent.v1.ConnectResponse.move:type_name -> certmesh.agent.v1.Move
+	42, // 22: certmesh.agent.v1.ConnectResponse.goodbye:type_name -> certmesh.agent.v1.Goodbye
+	10, // 23: certmesh.agent.v1.Hello.facts:type_name -> certmesh.agent.v1.Facts
+	47, // 24: certmesh.agent.v1.Hello.labels:type_name -> certmesh.agent.v1.Hello.LabelsEntry
+	18, // 25: certmesh.agent.v1.Hello.states:type_name -> certmesh.agent.v1.StateVersion
+	15, // 26: certmesh.agent.v1.Hello.credits:type_name -> certmesh.agent.v1.Credit
+	14, // 27: certmesh.agent.v1.Hello.open:type_name -> certmesh.agent.v1.OpenAssignment
+	1,  // 28: certmesh.agent.v1.OpenAssignment.phase:type_name -> certmesh.agent.v1.Phase
+	0,  // 29: certmesh.agent.v1.Credit.class:type_name -> certmesh.agent.v1.WorkClass
+	17, // 30: certmesh.agent.v1.Welcome.verdicts:type_name -> certmesh.agent.v1.Verdict
+	18, // 31: certmesh.agent.v1.Welcome.resend:type_name -> certmesh.agent.v1.StateVersion
+	2,  // 32: certmesh.agent.v1.Verdict.decision:type_name -> certmesh.agent.v1.Verdict.Decision
+	35, // 33: certmesh.agent.v1.Verdict.settled:type_name -> certmesh.agent.v1.Settled
+	18, // 34: certmesh.agent.v1.State.version:type_name -> certmesh.agent.v1.StateVersion
+	9,  // 35: certmesh.agent.v1.State.trust_bundle:type_name -> certmesh.agent.v1.TrustBundle
+	21, // 36: certmesh.agent.v1.State.settings:type_name -> certmesh.agent.v1.Settings
+	22, // 37: certmesh.agent.v1.State.target:type_name -> certmesh.agent.v1.TargetSpec
+	20, // 38: certmesh.agent.v1.State.removed:type_name -> certmesh.agent.v1.Removed
+	18, // 39: certmesh.agent.v1.Applied.version:type_name -> certmesh.agent.v1.StateVersion
+	18, // 40: certmesh.agent.v1.Rejected.version:type_name -> certmesh.agent.v1.StateVersion
+	34, // 41: certmesh.agent.v1.Rejected.failure:type_name -> certmesh.agent.v1.Failure
+	0,  // 42: certmesh.agent.v1.Assignment.class:type_name -> certmesh.agent.v1.WorkClass
+	26, // 43: certmesh.agent.v1.Assignment.key:type_name -> certmesh.agent.v1.KeyWork
+	27, // 44: certmesh.agent.v1.Assignment.deploy:type_name -> certmesh.agent.v1.DeployWork
+	28, // 45: certmesh.agent.v1.Assignment.verify:type_name -> certmesh.agent.v1.VerifyWork
+	22, // 46: certmesh.agent.v1.DeployWork.target:type_name -> certmesh.agent.v1.TargetSpec
+	22, // 47: certmesh.agent.v1.VerifyWork.target:type_name -> certmesh.agent.v1.TargetSpec
+	33, // 48: certmesh.agent.v1.Result.deployed:type_name -> certmesh.agent.v1.Deployed
+	34, // 49: certmesh.agent.v1.Result.failure:type_name -> certmesh.agent.v1.Failure
+	3,  // 50: certmesh.agent.v1.Settled.outcome:type_name -> certmesh.agent.v1.Settled.Outcome
+	34, // 51: certmesh.agent.v1.Settled.failure:type_name -> certmesh.agent.v1.Failure
+	34, // 52: certmesh.agent.v1.Observed.problem:type_name -> certmesh.agent.v1.Failure
+	34, // 53: certmesh.agent.v1.IdentityIssued.failure:type_name -> certmesh.agent.v1.Failure
+	4,  // 54: certmesh.agent.v1.Goodbye.reason:type_name -> certmesh.agent.v1.Goodbye.Reason
+	44, // 55: certmesh.agent.v1.ReportRequest.leaves:type_name -> certmesh.agent.v1.HeldLeaves
+	45, // 56: certmesh.agent.v1.HeldLeaves.leaves:type_name -> certmesh.agent.v1.HeldLeaf
+	5,  // 57: certmesh.agent.v1.AgentService.Enroll:input_type -> certmesh.agent.v1.EnrollRequest
+	7,  // 58: certmesh.agent.v1.AgentService.Reidentify:input_type -> certmesh.agent.v1.ReidentifyRequest
+	11, // 59: certmesh.agent.v1.AgentService.Connect:input_type -> certmesh.agent.v1.ConnectRequest
+	43, // 60: certmesh.agent.v1.AgentService.Report:input_type -> certmesh.agent.v1.ReportRequest
+	6,  // 61: certmesh.agent.v1.AgentService.Enroll:output_type -> certmesh.agent.v1.EnrollResponse
+	8,  // 62: certmesh.agent.v1.AgentService.Reidentify:output_type -> certmesh.agent.v1.ReidentifyResponse
+	12, // 63: certmesh.agent.v1.AgentService.Connect:output_type -> certmesh.agent.v1.ConnectResponse
+	46, // 64: certmesh.agent.v1.AgentService.Report:output_type -> certmesh.agent.v1.ReportResponse
+	61, // [61:65] is the sub-list for method output_type
+	57, // [57:61] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_agent_v1_agent_proto_init() }
@@ -3815,6 +4068,7 @@ func file_agent_v1_agent_proto_init() {
 		(*ConnectRequest_Beat)(nil),
 		(*ConnectRequest_IdentityCsr)(nil),
 		(*ConnectRequest_Goodbye)(nil),
+		(*ConnectRequest_Observed)(nil),
 	}
 	file_agent_v1_agent_proto_msgTypes[7].OneofWrappers = []any{
 		(*ConnectResponse_Welcome)(nil),
@@ -3835,12 +4089,13 @@ func file_agent_v1_agent_proto_init() {
 	file_agent_v1_agent_proto_msgTypes[20].OneofWrappers = []any{
 		(*Assignment_Key)(nil),
 		(*Assignment_Deploy)(nil),
+		(*Assignment_Verify)(nil),
 	}
-	file_agent_v1_agent_proto_msgTypes[26].OneofWrappers = []any{
+	file_agent_v1_agent_proto_msgTypes[27].OneofWrappers = []any{
 		(*Result_Deployed)(nil),
 		(*Result_Failure)(nil),
 	}
-	file_agent_v1_agent_proto_msgTypes[36].OneofWrappers = []any{
+	file_agent_v1_agent_proto_msgTypes[38].OneofWrappers = []any{
 		(*ReportRequest_Leaves)(nil),
 	}
 	type x struct{}
@@ -3849,7 +4104,7 @@ func file_agent_v1_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_v1_agent_proto_rawDesc), len(file_agent_v1_agent_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   41,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -165,9 +165,11 @@ type RenewalPolicy struct {
 	AlertThresholdsDays []int32 `protobuf:"varint,2,rep,packed,name=alert_thresholds_days,json=alertThresholdsDays,proto3" json:"alert_thresholds_days,omitempty"`
 	Disabled            bool    `protobuf:"varint,3,opt,name=disabled,proto3" json:"disabled,omitempty"`
 	// Weekly spans (UTC) in which automatic renewals may start; empty: always. Unsatisfiable windows are refused.
-	Windows       []*RenewalWindow `protobuf:"bytes,4,rep,name=windows,proto3" json:"windows,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Windows []*RenewalWindow `protobuf:"bytes,4,rep,name=windows,proto3" json:"windows,omitempty"`
+	// Issuance and renewals wait in AwaitingApproval until an operator approves each.
+	RequireApproval bool `protobuf:"varint,5,opt,name=require_approval,json=requireApproval,proto3" json:"require_approval,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *RenewalPolicy) Reset() {
@@ -226,6 +228,13 @@ func (x *RenewalPolicy) GetWindows() []*RenewalWindow {
 		return x.Windows
 	}
 	return nil
+}
+
+func (x *RenewalPolicy) GetRequireApproval() bool {
+	if x != nil {
+		return x.RequireApproval
+	}
+	return false
 }
 
 // RenewalWindow is a weekly span in UTC.
@@ -592,7 +601,9 @@ type Placement struct {
 	ServedAt             *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=served_at,json=servedAt,proto3" json:"served_at,omitempty"`
 	LastError            string                 `protobuf:"bytes,10,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
 	// Whether it is the generation that is wanted.
-	Current       bool `protobuf:"varint,11,opt,name=current,proto3" json:"current,omitempty"`
+	Current bool `protobuf:"varint,11,opt,name=current,proto3" json:"current,omitempty"`
+	// When the agent last found it changed by others; absent: it is as it was deployed.
+	DriftedAt     *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=drifted_at,json=driftedAt,proto3" json:"drifted_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -702,6 +713,13 @@ func (x *Placement) GetCurrent() bool {
 		return x.Current
 	}
 	return false
+}
+
+func (x *Placement) GetDriftedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.DriftedAt
+	}
+	return nil
 }
 
 // Version is one signed certificate.
@@ -1323,6 +1341,198 @@ func (x *RenewCertificateResponse) GetJobs() []*Job {
 	return nil
 }
 
+type DeployCertificateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	RequestId     string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeployCertificateRequest) Reset() {
+	*x = DeployCertificateRequest{}
+	mi := &file_operator_v1_operator_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeployCertificateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeployCertificateRequest) ProtoMessage() {}
+
+func (x *DeployCertificateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeployCertificateRequest.ProtoReflect.Descriptor instead.
+func (*DeployCertificateRequest) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DeployCertificateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DeployCertificateRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type DeployCertificateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Jobs          []*Job                 `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeployCertificateResponse) Reset() {
+	*x = DeployCertificateResponse{}
+	mi := &file_operator_v1_operator_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeployCertificateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeployCertificateResponse) ProtoMessage() {}
+
+func (x *DeployCertificateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeployCertificateResponse.ProtoReflect.Descriptor instead.
+func (*DeployCertificateResponse) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *DeployCertificateResponse) GetJobs() []*Job {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+type VerifyCertificateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	RequestId     string                 `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyCertificateRequest) Reset() {
+	*x = VerifyCertificateRequest{}
+	mi := &file_operator_v1_operator_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyCertificateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyCertificateRequest) ProtoMessage() {}
+
+func (x *VerifyCertificateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyCertificateRequest.ProtoReflect.Descriptor instead.
+func (*VerifyCertificateRequest) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *VerifyCertificateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *VerifyCertificateRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+type VerifyCertificateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Jobs          []*Job                 `protobuf:"bytes,1,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VerifyCertificateResponse) Reset() {
+	*x = VerifyCertificateResponse{}
+	mi := &file_operator_v1_operator_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VerifyCertificateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VerifyCertificateResponse) ProtoMessage() {}
+
+func (x *VerifyCertificateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VerifyCertificateResponse.ProtoReflect.Descriptor instead.
+func (*VerifyCertificateResponse) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *VerifyCertificateResponse) GetJobs() []*Job {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
 type RevokeCertificateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1334,7 +1544,7 @@ type RevokeCertificateRequest struct {
 
 func (x *RevokeCertificateRequest) Reset() {
 	*x = RevokeCertificateRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[16]
+	mi := &file_operator_v1_operator_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1346,7 +1556,7 @@ func (x *RevokeCertificateRequest) String() string {
 func (*RevokeCertificateRequest) ProtoMessage() {}
 
 func (x *RevokeCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[16]
+	mi := &file_operator_v1_operator_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1359,7 +1569,7 @@ func (x *RevokeCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RevokeCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{16}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RevokeCertificateRequest) GetId() string {
@@ -1386,7 +1596,7 @@ type RevokeCertificateResponse struct {
 
 func (x *RevokeCertificateResponse) Reset() {
 	*x = RevokeCertificateResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[17]
+	mi := &file_operator_v1_operator_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1398,7 +1608,7 @@ func (x *RevokeCertificateResponse) String() string {
 func (*RevokeCertificateResponse) ProtoMessage() {}
 
 func (x *RevokeCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[17]
+	mi := &file_operator_v1_operator_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1411,7 +1621,7 @@ func (x *RevokeCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeCertificateResponse.ProtoReflect.Descriptor instead.
 func (*RevokeCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{17}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *RevokeCertificateResponse) GetCertificate() *Certificate {
@@ -1438,7 +1648,7 @@ type ListVersionsRequest struct {
 
 func (x *ListVersionsRequest) Reset() {
 	*x = ListVersionsRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[18]
+	mi := &file_operator_v1_operator_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1450,7 +1660,7 @@ func (x *ListVersionsRequest) String() string {
 func (*ListVersionsRequest) ProtoMessage() {}
 
 func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[18]
+	mi := &file_operator_v1_operator_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1463,7 +1673,7 @@ func (x *ListVersionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsRequest.ProtoReflect.Descriptor instead.
 func (*ListVersionsRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{18}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListVersionsRequest) GetCertificateId() string {
@@ -1490,7 +1700,7 @@ type ListVersionsResponse struct {
 
 func (x *ListVersionsResponse) Reset() {
 	*x = ListVersionsResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[19]
+	mi := &file_operator_v1_operator_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1502,7 +1712,7 @@ func (x *ListVersionsResponse) String() string {
 func (*ListVersionsResponse) ProtoMessage() {}
 
 func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[19]
+	mi := &file_operator_v1_operator_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1515,7 +1725,7 @@ func (x *ListVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListVersionsResponse.ProtoReflect.Descriptor instead.
 func (*ListVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{19}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ListVersionsResponse) GetVersions() []*Version {
@@ -1541,7 +1751,7 @@ type ExplainCertificateRequest struct {
 
 func (x *ExplainCertificateRequest) Reset() {
 	*x = ExplainCertificateRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[20]
+	mi := &file_operator_v1_operator_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1553,7 +1763,7 @@ func (x *ExplainCertificateRequest) String() string {
 func (*ExplainCertificateRequest) ProtoMessage() {}
 
 func (x *ExplainCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[20]
+	mi := &file_operator_v1_operator_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1566,7 +1776,7 @@ func (x *ExplainCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCertificateRequest.ProtoReflect.Descriptor instead.
 func (*ExplainCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{20}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ExplainCertificateRequest) GetId() string {
@@ -1587,7 +1797,7 @@ type ExplainCertificateResponse struct {
 
 func (x *ExplainCertificateResponse) Reset() {
 	*x = ExplainCertificateResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[21]
+	mi := &file_operator_v1_operator_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1599,7 +1809,7 @@ func (x *ExplainCertificateResponse) String() string {
 func (*ExplainCertificateResponse) ProtoMessage() {}
 
 func (x *ExplainCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[21]
+	mi := &file_operator_v1_operator_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1612,7 +1822,7 @@ func (x *ExplainCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCertificateResponse.ProtoReflect.Descriptor instead.
 func (*ExplainCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{21}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ExplainCertificateResponse) GetCertificate() *Certificate {
@@ -1648,7 +1858,7 @@ type LeafExplanation struct {
 
 func (x *LeafExplanation) Reset() {
 	*x = LeafExplanation{}
-	mi := &file_operator_v1_operator_proto_msgTypes[22]
+	mi := &file_operator_v1_operator_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1870,7 @@ func (x *LeafExplanation) String() string {
 func (*LeafExplanation) ProtoMessage() {}
 
 func (x *LeafExplanation) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[22]
+	mi := &file_operator_v1_operator_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1883,7 @@ func (x *LeafExplanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LeafExplanation.ProtoReflect.Descriptor instead.
 func (*LeafExplanation) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{22}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *LeafExplanation) GetAgentId() string {
@@ -1716,7 +1926,7 @@ type PlacementExplanation struct {
 
 func (x *PlacementExplanation) Reset() {
 	*x = PlacementExplanation{}
-	mi := &file_operator_v1_operator_proto_msgTypes[23]
+	mi := &file_operator_v1_operator_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1728,7 +1938,7 @@ func (x *PlacementExplanation) String() string {
 func (*PlacementExplanation) ProtoMessage() {}
 
 func (x *PlacementExplanation) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[23]
+	mi := &file_operator_v1_operator_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1741,7 +1951,7 @@ func (x *PlacementExplanation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PlacementExplanation.ProtoReflect.Descriptor instead.
 func (*PlacementExplanation) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{23}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *PlacementExplanation) GetTargetId() string {
@@ -1800,7 +2010,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_operator_v1_operator_proto_msgTypes[24]
+	mi := &file_operator_v1_operator_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1812,7 +2022,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[24]
+	mi := &file_operator_v1_operator_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1825,7 +2035,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{24}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Agent) GetId() string {
@@ -1950,7 +2160,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[25]
+	mi := &file_operator_v1_operator_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2172,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[25]
+	mi := &file_operator_v1_operator_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2185,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{25}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListAgentsRequest) GetPage() *Page {
@@ -2002,7 +2212,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[26]
+	mi := &file_operator_v1_operator_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2014,7 +2224,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[26]
+	mi := &file_operator_v1_operator_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2027,7 +2237,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{26}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*Agent {
@@ -2053,7 +2263,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[27]
+	mi := &file_operator_v1_operator_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2065,7 +2275,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[27]
+	mi := &file_operator_v1_operator_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2078,7 +2288,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{27}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetAgentRequest) GetId() string {
@@ -2097,7 +2307,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[28]
+	mi := &file_operator_v1_operator_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2109,7 +2319,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[28]
+	mi := &file_operator_v1_operator_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2122,7 +2332,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{28}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetAgentResponse) GetAgent() *Agent {
@@ -2142,7 +2352,7 @@ type RetireAgentRequest struct {
 
 func (x *RetireAgentRequest) Reset() {
 	*x = RetireAgentRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[29]
+	mi := &file_operator_v1_operator_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2154,7 +2364,7 @@ func (x *RetireAgentRequest) String() string {
 func (*RetireAgentRequest) ProtoMessage() {}
 
 func (x *RetireAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[29]
+	mi := &file_operator_v1_operator_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2167,7 +2377,7 @@ func (x *RetireAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetireAgentRequest.ProtoReflect.Descriptor instead.
 func (*RetireAgentRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{29}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *RetireAgentRequest) GetId() string {
@@ -2193,7 +2403,7 @@ type RetireAgentResponse struct {
 
 func (x *RetireAgentResponse) Reset() {
 	*x = RetireAgentResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[30]
+	mi := &file_operator_v1_operator_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2205,7 +2415,7 @@ func (x *RetireAgentResponse) String() string {
 func (*RetireAgentResponse) ProtoMessage() {}
 
 func (x *RetireAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[30]
+	mi := &file_operator_v1_operator_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2218,7 +2428,7 @@ func (x *RetireAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RetireAgentResponse.ProtoReflect.Descriptor instead.
 func (*RetireAgentResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{30}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RetireAgentResponse) GetAgent() *Agent {
@@ -2237,7 +2447,7 @@ type ReleaseAgentRequest struct {
 
 func (x *ReleaseAgentRequest) Reset() {
 	*x = ReleaseAgentRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[31]
+	mi := &file_operator_v1_operator_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2249,7 +2459,7 @@ func (x *ReleaseAgentRequest) String() string {
 func (*ReleaseAgentRequest) ProtoMessage() {}
 
 func (x *ReleaseAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[31]
+	mi := &file_operator_v1_operator_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2262,7 +2472,7 @@ func (x *ReleaseAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseAgentRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseAgentRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{31}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ReleaseAgentRequest) GetId() string {
@@ -2281,7 +2491,7 @@ type ReleaseAgentResponse struct {
 
 func (x *ReleaseAgentResponse) Reset() {
 	*x = ReleaseAgentResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[32]
+	mi := &file_operator_v1_operator_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2293,7 +2503,7 @@ func (x *ReleaseAgentResponse) String() string {
 func (*ReleaseAgentResponse) ProtoMessage() {}
 
 func (x *ReleaseAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[32]
+	mi := &file_operator_v1_operator_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2306,7 +2516,7 @@ func (x *ReleaseAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseAgentResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseAgentResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{32}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *ReleaseAgentResponse) GetAgent() *Agent {
@@ -2329,7 +2539,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[33]
+	mi := &file_operator_v1_operator_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2341,7 +2551,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[33]
+	mi := &file_operator_v1_operator_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2354,7 +2564,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{33}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CreateJoinTokenRequest) GetTtl() *durationpb.Duration {
@@ -2390,7 +2600,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[34]
+	mi := &file_operator_v1_operator_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2402,7 +2612,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[34]
+	mi := &file_operator_v1_operator_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2415,7 +2625,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{34}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CreateJoinTokenResponse) GetId() string {
@@ -2435,6 +2645,292 @@ func (x *CreateJoinTokenResponse) GetToken() string {
 func (x *CreateJoinTokenResponse) GetExpiresAt() *timestamppb.Timestamp {
 	if x != nil {
 		return x.ExpiresAt
+	}
+	return nil
+}
+
+// JoinToken lets hosts enrol; its secret is not kept.
+type JoinToken struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	MaxUses   int32                  `protobuf:"varint,2,opt,name=max_uses,json=maxUses,proto3" json:"max_uses,omitempty"`
+	Uses      int32                  `protobuf:"varint,3,opt,name=uses,proto3" json:"uses,omitempty"`
+	Labels    map[string]string      `protobuf:"bytes,4,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// Absent: not revoked.
+	RevokedAt     *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`
+	CreatedBy     string                 `protobuf:"bytes,7,opt,name=created_by,json=createdBy,proto3" json:"created_by,omitempty"`
+	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JoinToken) Reset() {
+	*x = JoinToken{}
+	mi := &file_operator_v1_operator_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JoinToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JoinToken) ProtoMessage() {}
+
+func (x *JoinToken) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
+func (*JoinToken) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *JoinToken) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *JoinToken) GetMaxUses() int32 {
+	if x != nil {
+		return x.MaxUses
+	}
+	return 0
+}
+
+func (x *JoinToken) GetUses() int32 {
+	if x != nil {
+		return x.Uses
+	}
+	return 0
+}
+
+func (x *JoinToken) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *JoinToken) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+func (x *JoinToken) GetRevokedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RevokedAt
+	}
+	return nil
+}
+
+func (x *JoinToken) GetCreatedBy() string {
+	if x != nil {
+		return x.CreatedBy
+	}
+	return ""
+}
+
+func (x *JoinToken) GetCreatedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return nil
+}
+
+type ListJoinTokensRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Page          *Page                  `protobuf:"bytes,1,opt,name=page,proto3" json:"page,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListJoinTokensRequest) Reset() {
+	*x = ListJoinTokensRequest{}
+	mi := &file_operator_v1_operator_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListJoinTokensRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListJoinTokensRequest) ProtoMessage() {}
+
+func (x *ListJoinTokensRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListJoinTokensRequest.ProtoReflect.Descriptor instead.
+func (*ListJoinTokensRequest) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ListJoinTokensRequest) GetPage() *Page {
+	if x != nil {
+		return x.Page
+	}
+	return nil
+}
+
+type ListJoinTokensResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Tokens        []*JoinToken           `protobuf:"bytes,1,rep,name=tokens,proto3" json:"tokens,omitempty"`
+	NextCursor    string                 `protobuf:"bytes,2,opt,name=next_cursor,json=nextCursor,proto3" json:"next_cursor,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListJoinTokensResponse) Reset() {
+	*x = ListJoinTokensResponse{}
+	mi := &file_operator_v1_operator_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListJoinTokensResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListJoinTokensResponse) ProtoMessage() {}
+
+func (x *ListJoinTokensResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListJoinTokensResponse.ProtoReflect.Descriptor instead.
+func (*ListJoinTokensResponse) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListJoinTokensResponse) GetTokens() []*JoinToken {
+	if x != nil {
+		return x.Tokens
+	}
+	return nil
+}
+
+func (x *ListJoinTokensResponse) GetNextCursor() string {
+	if x != nil {
+		return x.NextCursor
+	}
+	return ""
+}
+
+type RevokeJoinTokenRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeJoinTokenRequest) Reset() {
+	*x = RevokeJoinTokenRequest{}
+	mi := &file_operator_v1_operator_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeJoinTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeJoinTokenRequest) ProtoMessage() {}
+
+func (x *RevokeJoinTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeJoinTokenRequest.ProtoReflect.Descriptor instead.
+func (*RevokeJoinTokenRequest) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *RevokeJoinTokenRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type RevokeJoinTokenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         *JoinToken             `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeJoinTokenResponse) Reset() {
+	*x = RevokeJoinTokenResponse{}
+	mi := &file_operator_v1_operator_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeJoinTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeJoinTokenResponse) ProtoMessage() {}
+
+func (x *RevokeJoinTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeJoinTokenResponse.ProtoReflect.Descriptor instead.
+func (*RevokeJoinTokenResponse) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *RevokeJoinTokenResponse) GetToken() *JoinToken {
+	if x != nil {
+		return x.Token
 	}
 	return nil
 }
@@ -2466,7 +2962,7 @@ type Job struct {
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_operator_v1_operator_proto_msgTypes[35]
+	mi := &file_operator_v1_operator_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2478,7 +2974,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[35]
+	mi := &file_operator_v1_operator_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2491,7 +2987,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{35}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *Job) GetId() string {
@@ -2634,7 +3130,7 @@ type ListJobsRequest struct {
 
 func (x *ListJobsRequest) Reset() {
 	*x = ListJobsRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[36]
+	mi := &file_operator_v1_operator_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2646,7 +3142,7 @@ func (x *ListJobsRequest) String() string {
 func (*ListJobsRequest) ProtoMessage() {}
 
 func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[36]
+	mi := &file_operator_v1_operator_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2659,7 +3155,7 @@ func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsRequest.ProtoReflect.Descriptor instead.
 func (*ListJobsRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{36}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListJobsRequest) GetPage() *Page {
@@ -2707,7 +3203,7 @@ type ListJobsResponse struct {
 
 func (x *ListJobsResponse) Reset() {
 	*x = ListJobsResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[37]
+	mi := &file_operator_v1_operator_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +3215,7 @@ func (x *ListJobsResponse) String() string {
 func (*ListJobsResponse) ProtoMessage() {}
 
 func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[37]
+	mi := &file_operator_v1_operator_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +3228,7 @@ func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsResponse.ProtoReflect.Descriptor instead.
 func (*ListJobsResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{37}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListJobsResponse) GetJobs() []*Job {
@@ -2758,7 +3254,7 @@ type GetJobRequest struct {
 
 func (x *GetJobRequest) Reset() {
 	*x = GetJobRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[38]
+	mi := &file_operator_v1_operator_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +3266,7 @@ func (x *GetJobRequest) String() string {
 func (*GetJobRequest) ProtoMessage() {}
 
 func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[38]
+	mi := &file_operator_v1_operator_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2783,7 +3279,7 @@ func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJobRequest.ProtoReflect.Descriptor instead.
 func (*GetJobRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{38}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *GetJobRequest) GetId() string {
@@ -2802,7 +3298,7 @@ type GetJobResponse struct {
 
 func (x *GetJobResponse) Reset() {
 	*x = GetJobResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[39]
+	mi := &file_operator_v1_operator_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2814,7 +3310,7 @@ func (x *GetJobResponse) String() string {
 func (*GetJobResponse) ProtoMessage() {}
 
 func (x *GetJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[39]
+	mi := &file_operator_v1_operator_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2827,7 +3323,7 @@ func (x *GetJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJobResponse.ProtoReflect.Descriptor instead.
 func (*GetJobResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{39}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetJobResponse) GetJob() *Job {
@@ -2846,7 +3342,7 @@ type CancelJobRequest struct {
 
 func (x *CancelJobRequest) Reset() {
 	*x = CancelJobRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[40]
+	mi := &file_operator_v1_operator_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2858,7 +3354,7 @@ func (x *CancelJobRequest) String() string {
 func (*CancelJobRequest) ProtoMessage() {}
 
 func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[40]
+	mi := &file_operator_v1_operator_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2871,7 +3367,7 @@ func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJobRequest.ProtoReflect.Descriptor instead.
 func (*CancelJobRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{40}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *CancelJobRequest) GetId() string {
@@ -2890,7 +3386,7 @@ type CancelJobResponse struct {
 
 func (x *CancelJobResponse) Reset() {
 	*x = CancelJobResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[41]
+	mi := &file_operator_v1_operator_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2902,7 +3398,7 @@ func (x *CancelJobResponse) String() string {
 func (*CancelJobResponse) ProtoMessage() {}
 
 func (x *CancelJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[41]
+	mi := &file_operator_v1_operator_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2915,10 +3411,204 @@ func (x *CancelJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJobResponse.ProtoReflect.Descriptor instead.
 func (*CancelJobResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{41}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *CancelJobResponse) GetJob() *Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+type ApproveJobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Kept in the audit trail; at most 256.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveJobRequest) Reset() {
+	*x = ApproveJobRequest{}
+	mi := &file_operator_v1_operator_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveJobRequest) ProtoMessage() {}
+
+func (x *ApproveJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveJobRequest.ProtoReflect.Descriptor instead.
+func (*ApproveJobRequest) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *ApproveJobRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ApproveJobRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type ApproveJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ApproveJobResponse) Reset() {
+	*x = ApproveJobResponse{}
+	mi := &file_operator_v1_operator_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ApproveJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ApproveJobResponse) ProtoMessage() {}
+
+func (x *ApproveJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ApproveJobResponse.ProtoReflect.Descriptor instead.
+func (*ApproveJobResponse) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *ApproveJobResponse) GetJob() *Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+type RejectJobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Kept as the job's error and in the audit trail; required, at most 256.
+	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RejectJobRequest) Reset() {
+	*x = RejectJobRequest{}
+	mi := &file_operator_v1_operator_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RejectJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RejectJobRequest) ProtoMessage() {}
+
+func (x *RejectJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RejectJobRequest.ProtoReflect.Descriptor instead.
+func (*RejectJobRequest) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *RejectJobRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *RejectJobRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type RejectJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RejectJobResponse) Reset() {
+	*x = RejectJobResponse{}
+	mi := &file_operator_v1_operator_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RejectJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RejectJobResponse) ProtoMessage() {}
+
+func (x *RejectJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_v1_operator_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RejectJobResponse.ProtoReflect.Descriptor instead.
+func (*RejectJobResponse) Descriptor() ([]byte, []int) {
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *RejectJobResponse) GetJob() *Job {
 	if x != nil {
 		return x.Job
 	}
@@ -2942,7 +3632,7 @@ type Issuer struct {
 
 func (x *Issuer) Reset() {
 	*x = Issuer{}
-	mi := &file_operator_v1_operator_proto_msgTypes[42]
+	mi := &file_operator_v1_operator_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2954,7 +3644,7 @@ func (x *Issuer) String() string {
 func (*Issuer) ProtoMessage() {}
 
 func (x *Issuer) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[42]
+	mi := &file_operator_v1_operator_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2967,7 +3657,7 @@ func (x *Issuer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Issuer.ProtoReflect.Descriptor instead.
 func (*Issuer) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{42}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Issuer) GetId() string {
@@ -3028,7 +3718,7 @@ type ListIssuersRequest struct {
 
 func (x *ListIssuersRequest) Reset() {
 	*x = ListIssuersRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[43]
+	mi := &file_operator_v1_operator_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3040,7 +3730,7 @@ func (x *ListIssuersRequest) String() string {
 func (*ListIssuersRequest) ProtoMessage() {}
 
 func (x *ListIssuersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[43]
+	mi := &file_operator_v1_operator_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3053,7 +3743,7 @@ func (x *ListIssuersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListIssuersRequest.ProtoReflect.Descriptor instead.
 func (*ListIssuersRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{43}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ListIssuersRequest) GetPage() *Page {
@@ -3073,7 +3763,7 @@ type ListIssuersResponse struct {
 
 func (x *ListIssuersResponse) Reset() {
 	*x = ListIssuersResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[44]
+	mi := &file_operator_v1_operator_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3085,7 +3775,7 @@ func (x *ListIssuersResponse) String() string {
 func (*ListIssuersResponse) ProtoMessage() {}
 
 func (x *ListIssuersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[44]
+	mi := &file_operator_v1_operator_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3098,7 +3788,7 @@ func (x *ListIssuersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListIssuersResponse.ProtoReflect.Descriptor instead.
 func (*ListIssuersResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{44}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ListIssuersResponse) GetIssuers() []*Issuer {
@@ -3124,7 +3814,7 @@ type GetIssuerRequest struct {
 
 func (x *GetIssuerRequest) Reset() {
 	*x = GetIssuerRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[45]
+	mi := &file_operator_v1_operator_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3136,7 +3826,7 @@ func (x *GetIssuerRequest) String() string {
 func (*GetIssuerRequest) ProtoMessage() {}
 
 func (x *GetIssuerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[45]
+	mi := &file_operator_v1_operator_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3149,7 +3839,7 @@ func (x *GetIssuerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetIssuerRequest.ProtoReflect.Descriptor instead.
 func (*GetIssuerRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{45}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *GetIssuerRequest) GetId() string {
@@ -3168,7 +3858,7 @@ type GetIssuerResponse struct {
 
 func (x *GetIssuerResponse) Reset() {
 	*x = GetIssuerResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[46]
+	mi := &file_operator_v1_operator_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3180,7 +3870,7 @@ func (x *GetIssuerResponse) String() string {
 func (*GetIssuerResponse) ProtoMessage() {}
 
 func (x *GetIssuerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[46]
+	mi := &file_operator_v1_operator_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3193,7 +3883,7 @@ func (x *GetIssuerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetIssuerResponse.ProtoReflect.Descriptor instead.
 func (*GetIssuerResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{46}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GetIssuerResponse) GetIssuer() *Issuer {
@@ -3222,7 +3912,7 @@ type CreateIssuerRequest struct {
 
 func (x *CreateIssuerRequest) Reset() {
 	*x = CreateIssuerRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[47]
+	mi := &file_operator_v1_operator_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3234,7 +3924,7 @@ func (x *CreateIssuerRequest) String() string {
 func (*CreateIssuerRequest) ProtoMessage() {}
 
 func (x *CreateIssuerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[47]
+	mi := &file_operator_v1_operator_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3247,7 +3937,7 @@ func (x *CreateIssuerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateIssuerRequest.ProtoReflect.Descriptor instead.
 func (*CreateIssuerRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{47}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *CreateIssuerRequest) GetName() string {
@@ -3301,7 +3991,7 @@ type CreateIssuerResponse struct {
 
 func (x *CreateIssuerResponse) Reset() {
 	*x = CreateIssuerResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[48]
+	mi := &file_operator_v1_operator_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3313,7 +4003,7 @@ func (x *CreateIssuerResponse) String() string {
 func (*CreateIssuerResponse) ProtoMessage() {}
 
 func (x *CreateIssuerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[48]
+	mi := &file_operator_v1_operator_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3326,7 +4016,7 @@ func (x *CreateIssuerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateIssuerResponse.ProtoReflect.Descriptor instead.
 func (*CreateIssuerResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{48}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *CreateIssuerResponse) GetIssuer() *Issuer {
@@ -3352,7 +4042,7 @@ type Profile struct {
 
 func (x *Profile) Reset() {
 	*x = Profile{}
-	mi := &file_operator_v1_operator_proto_msgTypes[49]
+	mi := &file_operator_v1_operator_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3364,7 +4054,7 @@ func (x *Profile) String() string {
 func (*Profile) ProtoMessage() {}
 
 func (x *Profile) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[49]
+	mi := &file_operator_v1_operator_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3377,7 +4067,7 @@ func (x *Profile) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Profile.ProtoReflect.Descriptor instead.
 func (*Profile) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{49}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *Profile) GetId() string {
@@ -3438,7 +4128,7 @@ type ListProfilesRequest struct {
 
 func (x *ListProfilesRequest) Reset() {
 	*x = ListProfilesRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[50]
+	mi := &file_operator_v1_operator_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3450,7 +4140,7 @@ func (x *ListProfilesRequest) String() string {
 func (*ListProfilesRequest) ProtoMessage() {}
 
 func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[50]
+	mi := &file_operator_v1_operator_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3463,7 +4153,7 @@ func (x *ListProfilesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesRequest.ProtoReflect.Descriptor instead.
 func (*ListProfilesRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{50}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ListProfilesRequest) GetPage() *Page {
@@ -3483,7 +4173,7 @@ type ListProfilesResponse struct {
 
 func (x *ListProfilesResponse) Reset() {
 	*x = ListProfilesResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[51]
+	mi := &file_operator_v1_operator_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3495,7 +4185,7 @@ func (x *ListProfilesResponse) String() string {
 func (*ListProfilesResponse) ProtoMessage() {}
 
 func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[51]
+	mi := &file_operator_v1_operator_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3508,7 +4198,7 @@ func (x *ListProfilesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProfilesResponse.ProtoReflect.Descriptor instead.
 func (*ListProfilesResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{51}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListProfilesResponse) GetProfiles() []*Profile {
@@ -3545,7 +4235,7 @@ type Target struct {
 
 func (x *Target) Reset() {
 	*x = Target{}
-	mi := &file_operator_v1_operator_proto_msgTypes[52]
+	mi := &file_operator_v1_operator_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3557,7 +4247,7 @@ func (x *Target) String() string {
 func (*Target) ProtoMessage() {}
 
 func (x *Target) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[52]
+	mi := &file_operator_v1_operator_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3570,7 +4260,7 @@ func (x *Target) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Target.ProtoReflect.Descriptor instead.
 func (*Target) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{52}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *Target) GetId() string {
@@ -3653,7 +4343,7 @@ type ListTargetsRequest struct {
 
 func (x *ListTargetsRequest) Reset() {
 	*x = ListTargetsRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[53]
+	mi := &file_operator_v1_operator_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3665,7 +4355,7 @@ func (x *ListTargetsRequest) String() string {
 func (*ListTargetsRequest) ProtoMessage() {}
 
 func (x *ListTargetsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[53]
+	mi := &file_operator_v1_operator_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3678,7 +4368,7 @@ func (x *ListTargetsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTargetsRequest.ProtoReflect.Descriptor instead.
 func (*ListTargetsRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{53}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ListTargetsRequest) GetPage() *Page {
@@ -3705,7 +4395,7 @@ type ListTargetsResponse struct {
 
 func (x *ListTargetsResponse) Reset() {
 	*x = ListTargetsResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[54]
+	mi := &file_operator_v1_operator_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3717,7 +4407,7 @@ func (x *ListTargetsResponse) String() string {
 func (*ListTargetsResponse) ProtoMessage() {}
 
 func (x *ListTargetsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[54]
+	mi := &file_operator_v1_operator_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3730,7 +4420,7 @@ func (x *ListTargetsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTargetsResponse.ProtoReflect.Descriptor instead.
 func (*ListTargetsResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{54}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListTargetsResponse) GetTargets() []*Target {
@@ -3756,7 +4446,7 @@ type GetTargetRequest struct {
 
 func (x *GetTargetRequest) Reset() {
 	*x = GetTargetRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[55]
+	mi := &file_operator_v1_operator_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3768,7 +4458,7 @@ func (x *GetTargetRequest) String() string {
 func (*GetTargetRequest) ProtoMessage() {}
 
 func (x *GetTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[55]
+	mi := &file_operator_v1_operator_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3781,7 +4471,7 @@ func (x *GetTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTargetRequest.ProtoReflect.Descriptor instead.
 func (*GetTargetRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{55}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *GetTargetRequest) GetId() string {
@@ -3800,7 +4490,7 @@ type GetTargetResponse struct {
 
 func (x *GetTargetResponse) Reset() {
 	*x = GetTargetResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[56]
+	mi := &file_operator_v1_operator_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3812,7 +4502,7 @@ func (x *GetTargetResponse) String() string {
 func (*GetTargetResponse) ProtoMessage() {}
 
 func (x *GetTargetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[56]
+	mi := &file_operator_v1_operator_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3825,7 +4515,7 @@ func (x *GetTargetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTargetResponse.ProtoReflect.Descriptor instead.
 func (*GetTargetResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{56}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *GetTargetResponse) GetTarget() *Target {
@@ -3851,7 +4541,7 @@ type CreateTargetRequest struct {
 
 func (x *CreateTargetRequest) Reset() {
 	*x = CreateTargetRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[57]
+	mi := &file_operator_v1_operator_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3863,7 +4553,7 @@ func (x *CreateTargetRequest) String() string {
 func (*CreateTargetRequest) ProtoMessage() {}
 
 func (x *CreateTargetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[57]
+	mi := &file_operator_v1_operator_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3876,7 +4566,7 @@ func (x *CreateTargetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTargetRequest.ProtoReflect.Descriptor instead.
 func (*CreateTargetRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{57}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *CreateTargetRequest) GetName() string {
@@ -3930,7 +4620,7 @@ type CreateTargetResponse struct {
 
 func (x *CreateTargetResponse) Reset() {
 	*x = CreateTargetResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[58]
+	mi := &file_operator_v1_operator_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3942,7 +4632,7 @@ func (x *CreateTargetResponse) String() string {
 func (*CreateTargetResponse) ProtoMessage() {}
 
 func (x *CreateTargetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[58]
+	mi := &file_operator_v1_operator_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3955,7 +4645,7 @@ func (x *CreateTargetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTargetResponse.ProtoReflect.Descriptor instead.
 func (*CreateTargetResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{58}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *CreateTargetResponse) GetTarget() *Target {
@@ -3973,7 +4663,7 @@ type GetStatusRequest struct {
 
 func (x *GetStatusRequest) Reset() {
 	*x = GetStatusRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[59]
+	mi := &file_operator_v1_operator_proto_msgTypes[72]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3985,7 +4675,7 @@ func (x *GetStatusRequest) String() string {
 func (*GetStatusRequest) ProtoMessage() {}
 
 func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[59]
+	mi := &file_operator_v1_operator_proto_msgTypes[72]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3998,7 +4688,7 @@ func (x *GetStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetStatusRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{59}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{72}
 }
 
 type GetStatusResponse struct {
@@ -4023,7 +4713,7 @@ type GetStatusResponse struct {
 
 func (x *GetStatusResponse) Reset() {
 	*x = GetStatusResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[60]
+	mi := &file_operator_v1_operator_proto_msgTypes[73]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4035,7 +4725,7 @@ func (x *GetStatusResponse) String() string {
 func (*GetStatusResponse) ProtoMessage() {}
 
 func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[60]
+	mi := &file_operator_v1_operator_proto_msgTypes[73]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4048,7 +4738,7 @@ func (x *GetStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetStatusResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{60}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{73}
 }
 
 func (x *GetStatusResponse) GetNodeId() string {
@@ -4148,7 +4838,7 @@ type DutyStatus struct {
 
 func (x *DutyStatus) Reset() {
 	*x = DutyStatus{}
-	mi := &file_operator_v1_operator_proto_msgTypes[61]
+	mi := &file_operator_v1_operator_proto_msgTypes[74]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4160,7 +4850,7 @@ func (x *DutyStatus) String() string {
 func (*DutyStatus) ProtoMessage() {}
 
 func (x *DutyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[61]
+	mi := &file_operator_v1_operator_proto_msgTypes[74]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4173,7 +4863,7 @@ func (x *DutyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DutyStatus.ProtoReflect.Descriptor instead.
 func (*DutyStatus) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{61}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{74}
 }
 
 func (x *DutyStatus) GetName() string {
@@ -4229,7 +4919,7 @@ type AuditEvent struct {
 
 func (x *AuditEvent) Reset() {
 	*x = AuditEvent{}
-	mi := &file_operator_v1_operator_proto_msgTypes[62]
+	mi := &file_operator_v1_operator_proto_msgTypes[75]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4241,7 +4931,7 @@ func (x *AuditEvent) String() string {
 func (*AuditEvent) ProtoMessage() {}
 
 func (x *AuditEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[62]
+	mi := &file_operator_v1_operator_proto_msgTypes[75]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4254,7 +4944,7 @@ func (x *AuditEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditEvent.ProtoReflect.Descriptor instead.
 func (*AuditEvent) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{62}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{75}
 }
 
 func (x *AuditEvent) GetId() string {
@@ -4331,7 +5021,7 @@ type ListAuditEventsRequest struct {
 
 func (x *ListAuditEventsRequest) Reset() {
 	*x = ListAuditEventsRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[63]
+	mi := &file_operator_v1_operator_proto_msgTypes[76]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4343,7 +5033,7 @@ func (x *ListAuditEventsRequest) String() string {
 func (*ListAuditEventsRequest) ProtoMessage() {}
 
 func (x *ListAuditEventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[63]
+	mi := &file_operator_v1_operator_proto_msgTypes[76]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4356,7 +5046,7 @@ func (x *ListAuditEventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditEventsRequest.ProtoReflect.Descriptor instead.
 func (*ListAuditEventsRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{63}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{76}
 }
 
 func (x *ListAuditEventsRequest) GetPage() *Page {
@@ -4383,7 +5073,7 @@ type ListAuditEventsResponse struct {
 
 func (x *ListAuditEventsResponse) Reset() {
 	*x = ListAuditEventsResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[64]
+	mi := &file_operator_v1_operator_proto_msgTypes[77]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4395,7 +5085,7 @@ func (x *ListAuditEventsResponse) String() string {
 func (*ListAuditEventsResponse) ProtoMessage() {}
 
 func (x *ListAuditEventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[64]
+	mi := &file_operator_v1_operator_proto_msgTypes[77]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4408,7 +5098,7 @@ func (x *ListAuditEventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditEventsResponse.ProtoReflect.Descriptor instead.
 func (*ListAuditEventsResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{64}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{77}
 }
 
 func (x *ListAuditEventsResponse) GetEvents() []*AuditEvent {
@@ -4437,7 +5127,7 @@ type WatchRequest struct {
 
 func (x *WatchRequest) Reset() {
 	*x = WatchRequest{}
-	mi := &file_operator_v1_operator_proto_msgTypes[65]
+	mi := &file_operator_v1_operator_proto_msgTypes[78]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4449,7 +5139,7 @@ func (x *WatchRequest) String() string {
 func (*WatchRequest) ProtoMessage() {}
 
 func (x *WatchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[65]
+	mi := &file_operator_v1_operator_proto_msgTypes[78]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4462,7 +5152,7 @@ func (x *WatchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchRequest.ProtoReflect.Descriptor instead.
 func (*WatchRequest) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{65}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{78}
 }
 
 func (x *WatchRequest) GetKinds() []string {
@@ -4489,7 +5179,7 @@ type WatchResponse struct {
 
 func (x *WatchResponse) Reset() {
 	*x = WatchResponse{}
-	mi := &file_operator_v1_operator_proto_msgTypes[66]
+	mi := &file_operator_v1_operator_proto_msgTypes[79]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4501,7 +5191,7 @@ func (x *WatchResponse) String() string {
 func (*WatchResponse) ProtoMessage() {}
 
 func (x *WatchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[66]
+	mi := &file_operator_v1_operator_proto_msgTypes[79]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4514,7 +5204,7 @@ func (x *WatchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchResponse.ProtoReflect.Descriptor instead.
 func (*WatchResponse) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{66}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{79}
 }
 
 func (x *WatchResponse) GetChanges() []*Change {
@@ -4541,7 +5231,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_operator_v1_operator_proto_msgTypes[67]
+	mi := &file_operator_v1_operator_proto_msgTypes[80]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4553,7 +5243,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_v1_operator_proto_msgTypes[67]
+	mi := &file_operator_v1_operator_proto_msgTypes[80]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4566,7 +5256,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_operator_v1_operator_proto_rawDescGZIP(), []int{67}
+	return file_operator_v1_operator_proto_rawDescGZIP(), []int{80}
 }
 
 func (x *Change) GetKind() string {
@@ -4597,12 +5287,13 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\x03dns\x18\x02 \x03(\tR\x03dns\x12\x0e\n" +
 	"\x02ip\x18\x03 \x03(\tR\x02ip\x12\x14\n" +
 	"\x05email\x18\x04 \x03(\tR\x05email\x12\x10\n" +
-	"\x03uri\x18\x05 \x03(\tR\x03uri\"\xba\x01\n" +
+	"\x03uri\x18\x05 \x03(\tR\x03uri\"\xe5\x01\n" +
 	"\rRenewalPolicy\x12\x1a\n" +
 	"\bfraction\x18\x01 \x01(\x01R\bfraction\x122\n" +
 	"\x15alert_thresholds_days\x18\x02 \x03(\x05R\x13alertThresholdsDays\x12\x1a\n" +
 	"\bdisabled\x18\x03 \x01(\bR\bdisabled\x12=\n" +
-	"\awindows\x18\x04 \x03(\v2#.certmesh.operator.v1.RenewalWindowR\awindows\"e\n" +
+	"\awindows\x18\x04 \x03(\v2#.certmesh.operator.v1.RenewalWindowR\awindows\x12)\n" +
+	"\x10require_approval\x18\x05 \x01(\bR\x0frequireApproval\"e\n" +
 	"\rRenewalWindow\x12\x12\n" +
 	"\x04days\x18\x01 \x03(\x05R\x04days\x12!\n" +
 	"\fstart_minute\x18\x02 \x01(\x05R\vstartMinute\x12\x1d\n" +
@@ -4646,7 +5337,7 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\rbackoff_until\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\fbackoffUntil\x12\x1d\n" +
 	"\n" +
 	"last_error\x18\n" +
-	" \x01(\tR\tlastError\"\xb0\x03\n" +
+	" \x01(\tR\tlastError\"\xeb\x03\n" +
 	"\tPlacement\x12\x1b\n" +
 	"\ttarget_id\x18\x01 \x01(\tR\btargetId\x12\x1f\n" +
 	"\vtarget_name\x18\x02 \x01(\tR\n" +
@@ -4661,7 +5352,9 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\n" +
 	"last_error\x18\n" +
 	" \x01(\tR\tlastError\x12\x18\n" +
-	"\acurrent\x18\v \x01(\bR\acurrent\"\xe9\x03\n" +
+	"\acurrent\x18\v \x01(\bR\acurrent\x129\n" +
+	"\n" +
+	"drifted_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\tdriftedAt\"\xe9\x03\n" +
 	"\aVersion\x12\x16\n" +
 	"\x06serial\x18\x01 \x01(\tR\x06serial\x12\x19\n" +
 	"\bagent_id\x18\x02 \x01(\tR\aagentId\x12\x1e\n" +
@@ -4717,6 +5410,18 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\n" +
 	"request_id\x18\x02 \x01(\tR\trequestId\"I\n" +
 	"\x18RenewCertificateResponse\x12-\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x19.certmesh.operator.v1.JobR\x04jobs\"I\n" +
+	"\x18DeployCertificateRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"J\n" +
+	"\x19DeployCertificateResponse\x12-\n" +
+	"\x04jobs\x18\x01 \x03(\v2\x19.certmesh.operator.v1.JobR\x04jobs\"I\n" +
+	"\x18VerifyCertificateRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"J\n" +
+	"\x19VerifyCertificateResponse\x12-\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x19.certmesh.operator.v1.JobR\x04jobs\"B\n" +
 	"\x18RevokeCertificateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
@@ -4807,7 +5512,33 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05token\x18\x02 \x01(\tR\x05token\x129\n" +
 	"\n" +
-	"expires_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\xdf\x04\n" +
+	"expires_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\x9a\x03\n" +
+	"\tJoinToken\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x19\n" +
+	"\bmax_uses\x18\x02 \x01(\x05R\amaxUses\x12\x12\n" +
+	"\x04uses\x18\x03 \x01(\x05R\x04uses\x12C\n" +
+	"\x06labels\x18\x04 \x03(\v2+.certmesh.operator.v1.JoinToken.LabelsEntryR\x06labels\x129\n" +
+	"\n" +
+	"expires_at\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x129\n" +
+	"\n" +
+	"revoked_at\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\trevokedAt\x12\x1d\n" +
+	"\n" +
+	"created_by\x18\a \x01(\tR\tcreatedBy\x129\n" +
+	"\n" +
+	"created_at\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"G\n" +
+	"\x15ListJoinTokensRequest\x12.\n" +
+	"\x04page\x18\x01 \x01(\v2\x1a.certmesh.operator.v1.PageR\x04page\"r\n" +
+	"\x16ListJoinTokensResponse\x127\n" +
+	"\x06tokens\x18\x01 \x03(\v2\x1f.certmesh.operator.v1.JoinTokenR\x06tokens\x12\x1f\n" +
+	"\vnext_cursor\x18\x02 \x01(\tR\n" +
+	"nextCursor\"(\n" +
+	"\x16RevokeJoinTokenRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"P\n" +
+	"\x17RevokeJoinTokenResponse\x125\n" +
+	"\x05token\x18\x01 \x01(\v2\x1f.certmesh.operator.v1.JoinTokenR\x05token\"\xdf\x04\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
@@ -4852,6 +5583,16 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\x10CancelJobRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"@\n" +
 	"\x11CancelJobResponse\x12+\n" +
+	"\x03job\x18\x01 \x01(\v2\x19.certmesh.operator.v1.JobR\x03job\";\n" +
+	"\x11ApproveJobRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"A\n" +
+	"\x12ApproveJobResponse\x12+\n" +
+	"\x03job\x18\x01 \x01(\v2\x19.certmesh.operator.v1.JobR\x03job\":\n" +
+	"\x10RejectJobRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"@\n" +
+	"\x11RejectJobResponse\x12+\n" +
 	"\x03job\x18\x01 \x01(\v2\x19.certmesh.operator.v1.JobR\x03job\"\xf0\x01\n" +
 	"\x06Issuer\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
@@ -4997,26 +5738,33 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\x06lagged\x18\x02 \x01(\bR\x06lagged\",\n" +
 	"\x06Change\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x0e\n" +
-	"\x02id\x18\x02 \x01(\tR\x02id2\xb4\x06\n" +
+	"\x02id\x18\x02 \x01(\tR\x02id2\xa0\b\n" +
 	"\x13CertificatesService\x12q\n" +
 	"\x10ListCertificates\x12-.certmesh.operator.v1.ListCertificatesRequest\x1a..certmesh.operator.v1.ListCertificatesResponse\x12k\n" +
 	"\x0eGetCertificate\x12+.certmesh.operator.v1.GetCertificateRequest\x1a,.certmesh.operator.v1.GetCertificateResponse\x12t\n" +
 	"\x11CreateCertificate\x12..certmesh.operator.v1.CreateCertificateRequest\x1a/.certmesh.operator.v1.CreateCertificateResponse\x12q\n" +
 	"\x10RenewCertificate\x12-.certmesh.operator.v1.RenewCertificateRequest\x1a..certmesh.operator.v1.RenewCertificateResponse\x12t\n" +
+	"\x11DeployCertificate\x12..certmesh.operator.v1.DeployCertificateRequest\x1a/.certmesh.operator.v1.DeployCertificateResponse\x12t\n" +
+	"\x11VerifyCertificate\x12..certmesh.operator.v1.VerifyCertificateRequest\x1a/.certmesh.operator.v1.VerifyCertificateResponse\x12t\n" +
 	"\x11RevokeCertificate\x12..certmesh.operator.v1.RevokeCertificateRequest\x1a/.certmesh.operator.v1.RevokeCertificateResponse\x12e\n" +
 	"\fListVersions\x12).certmesh.operator.v1.ListVersionsRequest\x1a*.certmesh.operator.v1.ListVersionsResponse\x12w\n" +
-	"\x12ExplainCertificate\x12/.certmesh.operator.v1.ExplainCertificateRequest\x1a0.certmesh.operator.v1.ExplainCertificateResponse2\x86\x04\n" +
+	"\x12ExplainCertificate\x12/.certmesh.operator.v1.ExplainCertificateRequest\x1a0.certmesh.operator.v1.ExplainCertificateResponse2\xe3\x05\n" +
 	"\rAgentsService\x12_\n" +
 	"\n" +
 	"ListAgents\x12'.certmesh.operator.v1.ListAgentsRequest\x1a(.certmesh.operator.v1.ListAgentsResponse\x12Y\n" +
 	"\bGetAgent\x12%.certmesh.operator.v1.GetAgentRequest\x1a&.certmesh.operator.v1.GetAgentResponse\x12b\n" +
 	"\vRetireAgent\x12(.certmesh.operator.v1.RetireAgentRequest\x1a).certmesh.operator.v1.RetireAgentResponse\x12e\n" +
 	"\fReleaseAgent\x12).certmesh.operator.v1.ReleaseAgentRequest\x1a*.certmesh.operator.v1.ReleaseAgentResponse\x12n\n" +
-	"\x0fCreateJoinToken\x12,.certmesh.operator.v1.CreateJoinTokenRequest\x1a-.certmesh.operator.v1.CreateJoinTokenResponse2\x9b\x02\n" +
+	"\x0fCreateJoinToken\x12,.certmesh.operator.v1.CreateJoinTokenRequest\x1a-.certmesh.operator.v1.CreateJoinTokenResponse\x12k\n" +
+	"\x0eListJoinTokens\x12+.certmesh.operator.v1.ListJoinTokensRequest\x1a,.certmesh.operator.v1.ListJoinTokensResponse\x12n\n" +
+	"\x0fRevokeJoinToken\x12,.certmesh.operator.v1.RevokeJoinTokenRequest\x1a-.certmesh.operator.v1.RevokeJoinTokenResponse2\xda\x03\n" +
 	"\vJobsService\x12Y\n" +
 	"\bListJobs\x12%.certmesh.operator.v1.ListJobsRequest\x1a&.certmesh.operator.v1.ListJobsResponse\x12S\n" +
 	"\x06GetJob\x12#.certmesh.operator.v1.GetJobRequest\x1a$.certmesh.operator.v1.GetJobResponse\x12\\\n" +
-	"\tCancelJob\x12&.certmesh.operator.v1.CancelJobRequest\x1a'.certmesh.operator.v1.CancelJobResponse2\xa0\x03\n" +
+	"\tCancelJob\x12&.certmesh.operator.v1.CancelJobRequest\x1a'.certmesh.operator.v1.CancelJobResponse\x12_\n" +
+	"\n" +
+	"ApproveJob\x12'.certmesh.operator.v1.ApproveJobRequest\x1a(.certmesh.operator.v1.ApproveJobResponse\x12\\\n" +
+	"\tRejectJob\x12&.certmesh.operator.v1.RejectJobRequest\x1a'.certmesh.operator.v1.RejectJobResponse2\xa0\x03\n" +
 	"\x0eIssuersService\x12b\n" +
 	"\vListIssuers\x12(.certmesh.operator.v1.ListIssuersRequest\x1a).certmesh.operator.v1.ListIssuersResponse\x12\\\n" +
 	"\tGetIssuer\x12&.certmesh.operator.v1.GetIssuerRequest\x1a'.certmesh.operator.v1.GetIssuerResponse\x12e\n" +
@@ -5043,7 +5791,7 @@ func file_operator_v1_operator_proto_rawDescGZIP() []byte {
 	return file_operator_v1_operator_proto_rawDescData
 }
 
-var file_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
+var file_operator_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 89)
 var file_operator_v1_operator_proto_goTypes = []any{
 	(*Page)(nil),                       // 0: certmesh.operator.v1.Page
 	(*Names)(nil),                      // 1: certmesh.operator.v1.Names
@@ -5061,203 +5809,241 @@ var file_operator_v1_operator_proto_goTypes = []any{
 	(*CreateCertificateResponse)(nil),  // 13: certmesh.operator.v1.CreateCertificateResponse
 	(*RenewCertificateRequest)(nil),    // 14: certmesh.operator.v1.RenewCertificateRequest
 	(*RenewCertificateResponse)(nil),   // 15: certmesh.operator.v1.RenewCertificateResponse
-	(*RevokeCertificateRequest)(nil),   // 16: certmesh.operator.v1.RevokeCertificateRequest
-	(*RevokeCertificateResponse)(nil),  // 17: certmesh.operator.v1.RevokeCertificateResponse
-	(*ListVersionsRequest)(nil),        // 18: certmesh.operator.v1.ListVersionsRequest
-	(*ListVersionsResponse)(nil),       // 19: certmesh.operator.v1.ListVersionsResponse
-	(*ExplainCertificateRequest)(nil),  // 20: certmesh.operator.v1.ExplainCertificateRequest
-	(*ExplainCertificateResponse)(nil), // 21: certmesh.operator.v1.ExplainCertificateResponse
-	(*LeafExplanation)(nil),            // 22: certmesh.operator.v1.LeafExplanation
-	(*PlacementExplanation)(nil),       // 23: certmesh.operator.v1.PlacementExplanation
-	(*Agent)(nil),                      // 24: certmesh.operator.v1.Agent
-	(*ListAgentsRequest)(nil),          // 25: certmesh.operator.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),         // 26: certmesh.operator.v1.ListAgentsResponse
-	(*GetAgentRequest)(nil),            // 27: certmesh.operator.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),           // 28: certmesh.operator.v1.GetAgentResponse
-	(*RetireAgentRequest)(nil),         // 29: certmesh.operator.v1.RetireAgentRequest
-	(*RetireAgentResponse)(nil),        // 30: certmesh.operator.v1.RetireAgentResponse
-	(*ReleaseAgentRequest)(nil),        // 31: certmesh.operator.v1.ReleaseAgentRequest
-	(*ReleaseAgentResponse)(nil),       // 32: certmesh.operator.v1.ReleaseAgentResponse
-	(*CreateJoinTokenRequest)(nil),     // 33: certmesh.operator.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil),    // 34: certmesh.operator.v1.CreateJoinTokenResponse
-	(*Job)(nil),                        // 35: certmesh.operator.v1.Job
-	(*ListJobsRequest)(nil),            // 36: certmesh.operator.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),           // 37: certmesh.operator.v1.ListJobsResponse
-	(*GetJobRequest)(nil),              // 38: certmesh.operator.v1.GetJobRequest
-	(*GetJobResponse)(nil),             // 39: certmesh.operator.v1.GetJobResponse
-	(*CancelJobRequest)(nil),           // 40: certmesh.operator.v1.CancelJobRequest
-	(*CancelJobResponse)(nil),          // 41: certmesh.operator.v1.CancelJobResponse
-	(*Issuer)(nil),                     // 42: certmesh.operator.v1.Issuer
-	(*ListIssuersRequest)(nil),         // 43: certmesh.operator.v1.ListIssuersRequest
-	(*ListIssuersResponse)(nil),        // 44: certmesh.operator.v1.ListIssuersResponse
-	(*GetIssuerRequest)(nil),           // 45: certmesh.operator.v1.GetIssuerRequest
-	(*GetIssuerResponse)(nil),          // 46: certmesh.operator.v1.GetIssuerResponse
-	(*CreateIssuerRequest)(nil),        // 47: certmesh.operator.v1.CreateIssuerRequest
-	(*CreateIssuerResponse)(nil),       // 48: certmesh.operator.v1.CreateIssuerResponse
-	(*Profile)(nil),                    // 49: certmesh.operator.v1.Profile
-	(*ListProfilesRequest)(nil),        // 50: certmesh.operator.v1.ListProfilesRequest
-	(*ListProfilesResponse)(nil),       // 51: certmesh.operator.v1.ListProfilesResponse
-	(*Target)(nil),                     // 52: certmesh.operator.v1.Target
-	(*ListTargetsRequest)(nil),         // 53: certmesh.operator.v1.ListTargetsRequest
-	(*ListTargetsResponse)(nil),        // 54: certmesh.operator.v1.ListTargetsResponse
-	(*GetTargetRequest)(nil),           // 55: certmesh.operator.v1.GetTargetRequest
-	(*GetTargetResponse)(nil),          // 56: certmesh.operator.v1.GetTargetResponse
-	(*CreateTargetRequest)(nil),        // 57: certmesh.operator.v1.CreateTargetRequest
-	(*CreateTargetResponse)(nil),       // 58: certmesh.operator.v1.CreateTargetResponse
-	(*GetStatusRequest)(nil),           // 59: certmesh.operator.v1.GetStatusRequest
-	(*GetStatusResponse)(nil),          // 60: certmesh.operator.v1.GetStatusResponse
-	(*DutyStatus)(nil),                 // 61: certmesh.operator.v1.DutyStatus
-	(*AuditEvent)(nil),                 // 62: certmesh.operator.v1.AuditEvent
-	(*ListAuditEventsRequest)(nil),     // 63: certmesh.operator.v1.ListAuditEventsRequest
-	(*ListAuditEventsResponse)(nil),    // 64: certmesh.operator.v1.ListAuditEventsResponse
-	(*WatchRequest)(nil),               // 65: certmesh.operator.v1.WatchRequest
-	(*WatchResponse)(nil),              // 66: certmesh.operator.v1.WatchResponse
-	(*Change)(nil),                     // 67: certmesh.operator.v1.Change
-	nil,                                // 68: certmesh.operator.v1.Agent.LabelsEntry
-	nil,                                // 69: certmesh.operator.v1.Agent.CreditsEntry
-	nil,                                // 70: certmesh.operator.v1.CreateJoinTokenRequest.LabelsEntry
-	nil,                                // 71: certmesh.operator.v1.GetStatusResponse.CertificatesByStatusEntry
-	nil,                                // 72: certmesh.operator.v1.GetStatusResponse.AgentsByStateEntry
-	nil,                                // 73: certmesh.operator.v1.GetStatusResponse.OpenJobsByStateEntry
-	nil,                                // 74: certmesh.operator.v1.AuditEvent.DetailEntry
-	(*timestamppb.Timestamp)(nil),      // 75: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),        // 76: google.protobuf.Duration
+	(*DeployCertificateRequest)(nil),   // 16: certmesh.operator.v1.DeployCertificateRequest
+	(*DeployCertificateResponse)(nil),  // 17: certmesh.operator.v1.DeployCertificateResponse
+	(*VerifyCertificateRequest)(nil),   // 18: certmesh.operator.v1.VerifyCertificateRequest
+	(*VerifyCertificateResponse)(nil),  // 19: certmesh.operator.v1.VerifyCertificateResponse
+	(*RevokeCertificateRequest)(nil),   // 20: certmesh.operator.v1.RevokeCertificateRequest
+	(*RevokeCertificateResponse)(nil),  // 21: certmesh.operator.v1.RevokeCertificateResponse
+	(*ListVersionsRequest)(nil),        // 22: certmesh.operator.v1.ListVersionsRequest
+	(*ListVersionsResponse)(nil),       // 23: certmesh.operator.v1.ListVersionsResponse
+	(*ExplainCertificateRequest)(nil),  // 24: certmesh.operator.v1.ExplainCertificateRequest
+	(*ExplainCertificateResponse)(nil), // 25: certmesh.operator.v1.ExplainCertificateResponse
+	(*LeafExplanation)(nil),            // 26: certmesh.operator.v1.LeafExplanation
+	(*PlacementExplanation)(nil),       // 27: certmesh.operator.v1.PlacementExplanation
+	(*Agent)(nil),                      // 28: certmesh.operator.v1.Agent
+	(*ListAgentsRequest)(nil),          // 29: certmesh.operator.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),         // 30: certmesh.operator.v1.ListAgentsResponse
+	(*GetAgentRequest)(nil),            // 31: certmesh.operator.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),           // 32: certmesh.operator.v1.GetAgentResponse
+	(*RetireAgentRequest)(nil),         // 33: certmesh.operator.v1.RetireAgentRequest
+	(*RetireAgentResponse)(nil),        // 34: certmesh.operator.v1.RetireAgentResponse
+	(*ReleaseAgentRequest)(nil),        // 35: certmesh.operator.v1.ReleaseAgentRequest
+	(*ReleaseAgentResponse)(nil),       // 36: certmesh.operator.v1.ReleaseAgentResponse
+	(*CreateJoinTokenRequest)(nil),     // 37: certmesh.operator.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil),    // 38: certmesh.operator.v1.CreateJoinTokenResponse
+	(*JoinToken)(nil),                  // 39: certmesh.operator.v1.JoinToken
+	(*ListJoinTokensRequest)(nil),      // 40: certmesh.operator.v1.ListJoinTokensRequest
+	(*ListJoinTokensResponse)(nil),     // 41: certmesh.operator.v1.ListJoinTokensResponse
+	(*RevokeJoinTokenRequest)(nil),     // 42: certmesh.operator.v1.RevokeJoinTokenRequest
+	(*RevokeJoinTokenResponse)(nil),    // 43: certmesh.operator.v1.RevokeJoinTokenResponse
+	(*Job)(nil),                        // 44: certmesh.operator.v1.Job
+	(*ListJobsRequest)(nil),            // 45: certmesh.operator.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),           // 46: certmesh.operator.v1.ListJobsResponse
+	(*GetJobRequest)(nil),              // 47: certmesh.operator.v1.GetJobRequest
+	(*GetJobResponse)(nil),             // 48: certmesh.operator.v1.GetJobResponse
+	(*CancelJobRequest)(nil),           // 49: certmesh.operator.v1.CancelJobRequest
+	(*CancelJobResponse)(nil),          // 50: certmesh.operator.v1.CancelJobResponse
+	(*ApproveJobRequest)(nil),          // 51: certmesh.operator.v1.ApproveJobRequest
+	(*ApproveJobResponse)(nil),         // 52: certmesh.operator.v1.ApproveJobResponse
+	(*RejectJobRequest)(nil),           // 53: certmesh.operator.v1.RejectJobRequest
+	(*RejectJobResponse)(nil),          // 54: certmesh.operator.v1.RejectJobResponse
+	(*Issuer)(nil),                     // 55: certmesh.operator.v1.Issuer
+	(*ListIssuersRequest)(nil),         // 56: certmesh.operator.v1.ListIssuersRequest
+	(*ListIssuersResponse)(nil),        // 57: certmesh.operator.v1.ListIssuersResponse
+	(*GetIssuerRequest)(nil),           // 58: certmesh.operator.v1.GetIssuerRequest
+	(*GetIssuerResponse)(nil),          // 59: certmesh.operator.v1.GetIssuerResponse
+	(*CreateIssuerRequest)(nil),        // 60: certmesh.operator.v1.CreateIssuerRequest
+	(*CreateIssuerResponse)(nil),       // 61: certmesh.operator.v1.CreateIssuerResponse
+	(*Profile)(nil),                    // 62: certmesh.operator.v1.Profile
+	(*ListProfilesRequest)(nil),        // 63: certmesh.operator.v1.ListProfilesRequest
+	(*ListProfilesResponse)(nil),       // 64: certmesh.operator.v1.ListProfilesResponse
+	(*Target)(nil),                     // 65: certmesh.operator.v1.Target
+	(*ListTargetsRequest)(nil),         // 66: certmesh.operator.v1.ListTargetsRequest
+	(*ListTargetsResponse)(nil),        // 67: certmesh.operator.v1.ListTargetsResponse
+	(*GetTargetRequest)(nil),           // 68: certmesh.operator.v1.GetTargetRequest
+	(*GetTargetResponse)(nil),          // 69: certmesh.operator.v1.GetTargetResponse
+	(*CreateTargetRequest)(nil),        // 70: certmesh.operator.v1.CreateTargetRequest
+	(*CreateTargetResponse)(nil),       // 71: certmesh.operator.v1.CreateTargetResponse
+	(*GetStatusRequest)(nil),           // 72: certmesh.operator.v1.GetStatusRequest
+	(*GetStatusResponse)(nil),          // 73: certmesh.operator.v1.GetStatusResponse
+	(*DutyStatus)(nil),                 // 74: certmesh.operator.v1.DutyStatus
+	(*AuditEvent)(nil),                 // 75: certmesh.operator.v1.AuditEvent
+	(*ListAuditEventsRequest)(nil),     // 76: certmesh.operator.v1.ListAuditEventsRequest
+	(*ListAuditEventsResponse)(nil),    // 77: certmesh.operator.v1.ListAuditEventsResponse
+	(*WatchRequest)(nil),               // 78: certmesh.operator.v1.WatchRequest
+	(*WatchResponse)(nil),              // 79: certmesh.operator.v1.WatchResponse
+	(*Change)(nil),                     // 80: certmesh.operator.v1.Change
+	nil,                                // 81: certmesh.operator.v1.Agent.LabelsEntry
+	nil,                                // 82: certmesh.operator.v1.Agent.CreditsEntry
+	nil,                                // 83: certmesh.operator.v1.CreateJoinTokenRequest.LabelsEntry
+	nil,                                // 84: certmesh.operator.v1.JoinToken.LabelsEntry
+	nil,                                // 85: certmesh.operator.v1.GetStatusResponse.CertificatesByStatusEntry
+	nil,                                // 86: certmesh.operator.v1.GetStatusResponse.AgentsByStateEntry
+	nil,                                // 87: certmesh.operator.v1.GetStatusResponse.OpenJobsByStateEntry
+	nil,                                // 88: certmesh.operator.v1.AuditEvent.DetailEntry
+	(*timestamppb.Timestamp)(nil),      // 89: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),        // 90: google.protobuf.Duration
 }
 var file_operator_v1_operator_proto_depIdxs = []int32{
 	3,   // 0: certmesh.operator.v1.RenewalPolicy.windows:type_name -> certmesh.operator.v1.RenewalWindow
 	1,   // 1: certmesh.operator.v1.Certificate.names:type_name -> certmesh.operator.v1.Names
 	2,   // 2: certmesh.operator.v1.Certificate.policy:type_name -> certmesh.operator.v1.RenewalPolicy
-	75,  // 3: certmesh.operator.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
-	75,  // 4: certmesh.operator.v1.Certificate.created_at:type_name -> google.protobuf.Timestamp
-	75,  // 5: certmesh.operator.v1.Certificate.updated_at:type_name -> google.protobuf.Timestamp
+	89,  // 3: certmesh.operator.v1.Certificate.not_after:type_name -> google.protobuf.Timestamp
+	89,  // 4: certmesh.operator.v1.Certificate.created_at:type_name -> google.protobuf.Timestamp
+	89,  // 5: certmesh.operator.v1.Certificate.updated_at:type_name -> google.protobuf.Timestamp
 	5,   // 6: certmesh.operator.v1.Certificate.leaves:type_name -> certmesh.operator.v1.Leaf
 	6,   // 7: certmesh.operator.v1.Certificate.placements:type_name -> certmesh.operator.v1.Placement
-	75,  // 8: certmesh.operator.v1.Leaf.not_before:type_name -> google.protobuf.Timestamp
-	75,  // 9: certmesh.operator.v1.Leaf.not_after:type_name -> google.protobuf.Timestamp
-	75,  // 10: certmesh.operator.v1.Leaf.due_at:type_name -> google.protobuf.Timestamp
-	75,  // 11: certmesh.operator.v1.Leaf.backoff_until:type_name -> google.protobuf.Timestamp
-	75,  // 12: certmesh.operator.v1.Placement.served_at:type_name -> google.protobuf.Timestamp
-	75,  // 13: certmesh.operator.v1.Version.not_before:type_name -> google.protobuf.Timestamp
-	75,  // 14: certmesh.operator.v1.Version.not_after:type_name -> google.protobuf.Timestamp
-	75,  // 15: certmesh.operator.v1.Version.revoked_at:type_name -> google.protobuf.Timestamp
-	75,  // 16: certmesh.operator.v1.Version.created_at:type_name -> google.protobuf.Timestamp
-	0,   // 17: certmesh.operator.v1.ListCertificatesRequest.page:type_name -> certmesh.operator.v1.Page
-	4,   // 18: certmesh.operator.v1.ListCertificatesResponse.certificates:type_name -> certmesh.operator.v1.Certificate
-	4,   // 19: certmesh.operator.v1.GetCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	1,   // 20: certmesh.operator.v1.CreateCertificateRequest.names:type_name -> certmesh.operator.v1.Names
-	2,   // 21: certmesh.operator.v1.CreateCertificateRequest.policy:type_name -> certmesh.operator.v1.RenewalPolicy
-	4,   // 22: certmesh.operator.v1.CreateCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	35,  // 23: certmesh.operator.v1.CreateCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
-	35,  // 24: certmesh.operator.v1.RenewCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
-	4,   // 25: certmesh.operator.v1.RevokeCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	0,   // 26: certmesh.operator.v1.ListVersionsRequest.page:type_name -> certmesh.operator.v1.Page
-	7,   // 27: certmesh.operator.v1.ListVersionsResponse.versions:type_name -> certmesh.operator.v1.Version
-	4,   // 28: certmesh.operator.v1.ExplainCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	22,  // 29: certmesh.operator.v1.ExplainCertificateResponse.leaves:type_name -> certmesh.operator.v1.LeafExplanation
-	23,  // 30: certmesh.operator.v1.ExplainCertificateResponse.placements:type_name -> certmesh.operator.v1.PlacementExplanation
-	75,  // 31: certmesh.operator.v1.LeafExplanation.due_at:type_name -> google.protobuf.Timestamp
-	68,  // 32: certmesh.operator.v1.Agent.labels:type_name -> certmesh.operator.v1.Agent.LabelsEntry
-	75,  // 33: certmesh.operator.v1.Agent.created_at:type_name -> google.protobuf.Timestamp
-	75,  // 34: certmesh.operator.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
-	69,  // 35: certmesh.operator.v1.Agent.credits:type_name -> certmesh.operator.v1.Agent.CreditsEntry
-	0,   // 36: certmesh.operator.v1.ListAgentsRequest.page:type_name -> certmesh.operator.v1.Page
-	24,  // 37: certmesh.operator.v1.ListAgentsResponse.agents:type_name -> certmesh.operator.v1.Agent
-	24,  // 38: certmesh.operator.v1.GetAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
-	24,  // 39: certmesh.operator.v1.RetireAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
-	24,  // 40: certmesh.operator.v1.ReleaseAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
-	76,  // 41: certmesh.operator.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
-	70,  // 42: certmesh.operator.v1.CreateJoinTokenRequest.labels:type_name -> certmesh.operator.v1.CreateJoinTokenRequest.LabelsEntry
-	75,  // 43: certmesh.operator.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	75,  // 44: certmesh.operator.v1.Job.run_at:type_name -> google.protobuf.Timestamp
-	75,  // 45: certmesh.operator.v1.Job.created_at:type_name -> google.protobuf.Timestamp
-	75,  // 46: certmesh.operator.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
-	75,  // 47: certmesh.operator.v1.Job.finished_at:type_name -> google.protobuf.Timestamp
-	0,   // 48: certmesh.operator.v1.ListJobsRequest.page:type_name -> certmesh.operator.v1.Page
-	35,  // 49: certmesh.operator.v1.ListJobsResponse.jobs:type_name -> certmesh.operator.v1.Job
-	35,  // 50: certmesh.operator.v1.GetJobResponse.job:type_name -> certmesh.operator.v1.Job
-	35,  // 51: certmesh.operator.v1.CancelJobResponse.job:type_name -> certmesh.operator.v1.Job
-	75,  // 52: certmesh.operator.v1.Issuer.created_at:type_name -> google.protobuf.Timestamp
-	75,  // 53: certmesh.operator.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
-	0,   // 54: certmesh.operator.v1.ListIssuersRequest.page:type_name -> certmesh.operator.v1.Page
-	42,  // 55: certmesh.operator.v1.ListIssuersResponse.issuers:type_name -> certmesh.operator.v1.Issuer
-	42,  // 56: certmesh.operator.v1.GetIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
-	42,  // 57: certmesh.operator.v1.CreateIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
-	76,  // 58: certmesh.operator.v1.Profile.ttl:type_name -> google.protobuf.Duration
-	76,  // 59: certmesh.operator.v1.Profile.max_ttl:type_name -> google.protobuf.Duration
-	0,   // 60: certmesh.operator.v1.ListProfilesRequest.page:type_name -> certmesh.operator.v1.Page
-	49,  // 61: certmesh.operator.v1.ListProfilesResponse.profiles:type_name -> certmesh.operator.v1.Profile
-	75,  // 62: certmesh.operator.v1.Target.created_at:type_name -> google.protobuf.Timestamp
-	0,   // 63: certmesh.operator.v1.ListTargetsRequest.page:type_name -> certmesh.operator.v1.Page
-	52,  // 64: certmesh.operator.v1.ListTargetsResponse.targets:type_name -> certmesh.operator.v1.Target
-	52,  // 65: certmesh.operator.v1.GetTargetResponse.target:type_name -> certmesh.operator.v1.Target
-	52,  // 66: certmesh.operator.v1.CreateTargetResponse.target:type_name -> certmesh.operator.v1.Target
-	75,  // 67: certmesh.operator.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	71,  // 68: certmesh.operator.v1.GetStatusResponse.certificates_by_status:type_name -> certmesh.operator.v1.GetStatusResponse.CertificatesByStatusEntry
-	72,  // 69: certmesh.operator.v1.GetStatusResponse.agents_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.AgentsByStateEntry
-	73,  // 70: certmesh.operator.v1.GetStatusResponse.open_jobs_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.OpenJobsByStateEntry
-	61,  // 71: certmesh.operator.v1.GetStatusResponse.duties:type_name -> certmesh.operator.v1.DutyStatus
-	76,  // 72: certmesh.operator.v1.DutyStatus.interval:type_name -> google.protobuf.Duration
-	75,  // 73: certmesh.operator.v1.DutyStatus.last_run:type_name -> google.protobuf.Timestamp
-	75,  // 74: certmesh.operator.v1.AuditEvent.at:type_name -> google.protobuf.Timestamp
-	74,  // 75: certmesh.operator.v1.AuditEvent.detail:type_name -> certmesh.operator.v1.AuditEvent.DetailEntry
-	0,   // 76: certmesh.operator.v1.ListAuditEventsRequest.page:type_name -> certmesh.operator.v1.Page
-	62,  // 77: certmesh.operator.v1.ListAuditEventsResponse.events:type_name -> certmesh.operator.v1.AuditEvent
-	67,  // 78: certmesh.operator.v1.WatchResponse.changes:type_name -> certmesh.operator.v1.Change
-	8,   // 79: certmesh.operator.v1.CertificatesService.ListCertificates:input_type -> certmesh.operator.v1.ListCertificatesRequest
-	10,  // 80: certmesh.operator.v1.CertificatesService.GetCertificate:input_type -> certmesh.operator.v1.GetCertificateRequest
-	12,  // 81: certmesh.operator.v1.CertificatesService.CreateCertificate:input_type -> certmesh.operator.v1.CreateCertificateRequest
-	14,  // 82: certmesh.operator.v1.CertificatesService.RenewCertificate:input_type -> certmesh.operator.v1.RenewCertificateRequest
-	16,  // 83: certmesh.operator.v1.CertificatesService.RevokeCertificate:input_type -> certmesh.operator.v1.RevokeCertificateRequest
-	18,  // 84: certmesh.operator.v1.CertificatesService.ListVersions:input_type -> certmesh.operator.v1.ListVersionsRequest
-	20,  // 85: certmesh.operator.v1.CertificatesService.ExplainCertificate:input_type -> certmesh.operator.v1.ExplainCertificateRequest
-	25,  // 86: certmesh.operator.v1.AgentsService.ListAgents:input_type -> certmesh.operator.v1.ListAgentsRequest
-	27,  // 87: certmesh.operator.v1.AgentsService.GetAgent:input_type -> certmesh.operator.v1.GetAgentRequest
-	29,  // 88: certmesh.operator.v1.AgentsService.RetireAgent:input_type -> certmesh.operator.v1.RetireAgentRequest
-	31,  // 89: certmesh.operator.v1.AgentsService.ReleaseAgent:input_type -> certmesh.operator.v1.ReleaseAgentRequest
-	33,  // 90: certmesh.operator.v1.AgentsService.CreateJoinToken:input_type -> certmesh.operator.v1.CreateJoinTokenRequest
-	36,  // 91: certmesh.operator.v1.JobsService.ListJobs:input_type -> certmesh.operator.v1.ListJobsRequest
-	38,  // 92: certmesh.operator.v1.JobsService.GetJob:input_type -> certmesh.operator.v1.GetJobRequest
-	40,  // 93: certmesh.operator.v1.JobsService.CancelJob:input_type -> certmesh.operator.v1.CancelJobRequest
-	43,  // 94: certmesh.operator.v1.IssuersService.ListIssuers:input_type -> certmesh.operator.v1.ListIssuersRequest
-	45,  // 95: certmesh.operator.v1.IssuersService.GetIssuer:input_type -> certmesh.operator.v1.GetIssuerRequest
-	47,  // 96: certmesh.operator.v1.IssuersService.CreateIssuer:input_type -> certmesh.operator.v1.CreateIssuerRequest
-	50,  // 97: certmesh.operator.v1.IssuersService.ListProfiles:input_type -> certmesh.operator.v1.ListProfilesRequest
-	53,  // 98: certmesh.operator.v1.TargetsService.ListTargets:input_type -> certmesh.operator.v1.ListTargetsRequest
-	55,  // 99: certmesh.operator.v1.TargetsService.GetTarget:input_type -> certmesh.operator.v1.GetTargetRequest
-	57,  // 100: certmesh.operator.v1.TargetsService.CreateTarget:input_type -> certmesh.operator.v1.CreateTargetRequest
-	59,  // 101: certmesh.operator.v1.SystemService.GetStatus:input_type -> certmesh.operator.v1.GetStatusRequest
-	63,  // 102: certmesh.operator.v1.SystemService.ListAuditEvents:input_type -> certmesh.operator.v1.ListAuditEventsRequest
-	65,  // 103: certmesh.operator.v1.SystemService.Watch:input_type -> certmesh.operator.v1.WatchRequest
-	9,   // 104: certmesh.operator.v1.CertificatesService.ListCertificates:output_type -> certmesh.operator.v1.ListCertificatesResponse
-	11,  // 105: certmesh.operator.v1.CertificatesService.GetCertificate:output_type -> certmesh.operator.v1.GetCertificateResponse
-	13,  // 106: certmesh.operator.v1.CertificatesService.CreateCertificate:output_type -> certmesh.operator.v1.CreateCertificateResponse
-	15,  // 107: certmesh.operator.v1.CertificatesService.RenewCertificate:output_type -> certmesh.operator.v1.RenewCertificateResponse
-	17,  // 108: certmesh.operator.v1.CertificatesService.RevokeCertificate:output_type -> certmesh.operator.v1.RevokeCertificateResponse
-	19,  // 109: certmesh.operator.v1.CertificatesService.ListVersions:output_type -> certmesh.operator.v1.ListVersionsResponse
-	21,  // 110: certmesh.operator.v1.CertificatesService.ExplainCertificate:output_type -> certmesh.operator.v1.ExplainCertificateResponse
-	26,  // 111: certmesh.operator.v1.AgentsService.ListAgents:output_type -> certmesh.operator.v1.ListAgentsResponse
-	28,  // 112: certmesh.operator.v1.AgentsService.GetAgent:output_type -> certmesh.operator.v1.GetAgentResponse
-	30,  // 113: certmesh.operator.v1.AgentsService.RetireAgent:output_type -> certmesh.operator.v1.RetireAgentResponse
-	32,  // 114: certmesh.operator.v1.AgentsService.ReleaseAgent:output_type -> certmesh.operator.v1.ReleaseAgentResponse
-	34,  // 115: certmesh.operator.v1.AgentsService.CreateJoinToken:output_type -> certmesh.operator.v1.CreateJoinTokenResponse
-	37,  // 116: certmesh.operator.v1.JobsService.ListJobs:output_type -> certmesh.operator.v1.ListJobsResponse
-	39,  // 117: certmesh.operator.v1.JobsService.GetJob:output_type -> certmesh.operator.v1.GetJobResponse
-	41,  // 118: certmesh.operator.v1.JobsService.CancelJob:output_type -> certmesh.operator.v1.CancelJobResponse
-	44,  // 119: certmesh.operator.v1.IssuersService.ListIssuers:output_type -> certmesh.operator.v1.ListIssuersResponse
-	46,  // 120: certmesh.operator.v1.IssuersService.GetIssuer:output_type -> certmesh.operator.v1.GetIssuerResponse
-	48,  // 121: certmesh.operator.v1.IssuersService.CreateIssuer:output_type -> certmesh.operator.v1.CreateIssuerResponse
-	51,  // 122: certmesh.operator.v1.IssuersService.ListProfiles:output_type -> certmesh.operator.v1.ListProfilesResponse
-	54,  // 123: certmesh.operator.v1.TargetsService.ListTargets:output_type -> certmesh.operator.v1.ListTargetsResponse
-	56,  // 124: certmesh.operator.v1.TargetsService.GetTarget:output_type -> certmesh.operator.v1.GetTargetResponse
-	58,  // 125: certmesh.operator.v1.TargetsService.CreateTarget:output_type -> certmesh.operator.v1.CreateTargetResponse
-	60,  // 126: certmesh.operator.v1.SystemService.GetStatus:output_type -> certmesh.operator.v1.GetStatusResponse
-	64,  // 127: certmesh.operator.v1.SystemService.ListAuditEvents:output_type -> certmesh.operator.v1.ListAuditEventsResponse
-	66,  // 128: certmesh.operator.v1.SystemService.Watch:output_type -> certmesh.operator.v1.WatchResponse
-	104, // [104:129] is the sub-list for method output_type
-	79,  // [79:104] is the sub-list for method input_type
-	79,  // [79:79] is the sub-list for extension type_name
-	79,  // [79:79] is the sub-list for extension extendee
-	0,   // [0:79] is the sub-list for field type_name
+	89,  // 8: certmesh.operator.v1.Leaf.not_before:type_name -> google.protobuf.Timestamp
+	89,  // 9: certmesh.operator.v1.Leaf.not_after:type_name -> google.protobuf.Timestamp
+	89,  // 10: certmesh.operator.v1.Leaf.due_at:type_name -> google.protobuf.Timestamp
+	89,  // 11: certmesh.operator.v1.Leaf.backoff_until:type_name -> google.protobuf.Timestamp
+	89,  // 12: certmesh.operator.v1.Placement.served_at:type_name -> google.protobuf.Timestamp
+	89,  // 13: certmesh.operator.v1.Placement.drifted_at:type_name -> google.protobuf.Timestamp
+	89,  // 14: certmesh.operator.v1.Version.not_before:type_name -> google.protobuf.Timestamp
+	89,  // 15: certmesh.operator.v1.Version.not_after:type_name -> google.protobuf.Timestamp
+	89,  // 16: certmesh.operator.v1.Version.revoked_at:type_name -> google.protobuf.Timestamp
+	89,  // 17: certmesh.operator.v1.Version.created_at:type_name -> google.protobuf.Timestamp
+	0,   // 18: certmesh.operator.v1.ListCertificatesRequest.page:type_name -> certmesh.operator.v1.Page
+	4,   // 19: certmesh.operator.v1.ListCertificatesResponse.certificates:type_name -> certmesh.operator.v1.Certificate
+	4,   // 20: certmesh.operator.v1.GetCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	1,   // 21: certmesh.operator.v1.CreateCertificateRequest.names:type_name -> certmesh.operator.v1.Names
+	2,   // 22: certmesh.operator.v1.CreateCertificateRequest.policy:type_name -> certmesh.operator.v1.RenewalPolicy
+	4,   // 23: certmesh.operator.v1.CreateCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	44,  // 24: certmesh.operator.v1.CreateCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 25: certmesh.operator.v1.RenewCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 26: certmesh.operator.v1.DeployCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 27: certmesh.operator.v1.VerifyCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	4,   // 28: certmesh.operator.v1.RevokeCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	0,   // 29: certmesh.operator.v1.ListVersionsRequest.page:type_name -> certmesh.operator.v1.Page
+	7,   // 30: certmesh.operator.v1.ListVersionsResponse.versions:type_name -> certmesh.operator.v1.Version
+	4,   // 31: certmesh.operator.v1.ExplainCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	26,  // 32: certmesh.operator.v1.ExplainCertificateResponse.leaves:type_name -> certmesh.operator.v1.LeafExplanation
+	27,  // 33: certmesh.operator.v1.ExplainCertificateResponse.placements:type_name -> certmesh.operator.v1.PlacementExplanation
+	89,  // 34: certmesh.operator.v1.LeafExplanation.due_at:type_name -> google.protobuf.Timestamp
+	81,  // 35: certmesh.operator.v1.Agent.labels:type_name -> certmesh.operator.v1.Agent.LabelsEntry
+	89,  // 36: certmesh.operator.v1.Agent.created_at:type_name -> google.protobuf.Timestamp
+	89,  // 37: certmesh.operator.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
+	82,  // 38: certmesh.operator.v1.Agent.credits:type_name -> certmesh.operator.v1.Agent.CreditsEntry
+	0,   // 39: certmesh.operator.v1.ListAgentsRequest.page:type_name -> certmesh.operator.v1.Page
+	28,  // 40: certmesh.operator.v1.ListAgentsResponse.agents:type_name -> certmesh.operator.v1.Agent
+	28,  // 41: certmesh.operator.v1.GetAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
+	28,  // 42: certmesh.operator.v1.RetireAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
+	28,  // 43: certmesh.operator.v1.ReleaseAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
+	90,  // 44: certmesh.operator.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	83,  // 45: certmesh.operator.v1.CreateJoinTokenRequest.labels:type_name -> certmesh.operator.v1.CreateJoinTokenRequest.LabelsEntry
+	89,  // 46: certmesh.operator.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	84,  // 47: certmesh.operator.v1.JoinToken.labels:type_name -> certmesh.operator.v1.JoinToken.LabelsEntry
+	89,  // 48: certmesh.operator.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	89,  // 49: certmesh.operator.v1.JoinToken.revoked_at:type_name -> google.protobuf.Timestamp
+	89,  // 50: certmesh.operator.v1.JoinToken.created_at:type_name -> google.protobuf.Timestamp
+	0,   // 51: certmesh.operator.v1.ListJoinTokensRequest.page:type_name -> certmesh.operator.v1.Page
+	39,  // 52: certmesh.operator.v1.ListJoinTokensResponse.tokens:type_name -> certmesh.operator.v1.JoinToken
+	39,  // 53: certmesh.operator.v1.RevokeJoinTokenResponse.token:type_name -> certmesh.operator.v1.JoinToken
+	89,  // 54: certmesh.operator.v1.Job.run_at:type_name -> google.protobuf.Timestamp
+	89,  // 55: certmesh.operator.v1.Job.created_at:type_name -> google.protobuf.Timestamp
+	89,  // 56: certmesh.operator.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
+	89,  // 57: certmesh.operator.v1.Job.finished_at:type_name -> google.protobuf.Timestamp
+	0,   // 58: certmesh.operator.v1.ListJobsRequest.page:type_name -> certmesh.operator.v1.Page
+	44,  // 59: certmesh.operator.v1.ListJobsResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 60: certmesh.operator.v1.GetJobResponse.job:type_name -> certmesh.operator.v1.Job
+	44,  // 61: certmesh.operator.v1.CancelJobResponse.job:type_name -> certmesh.operator.v1.Job
+	44,  // 62: certmesh.operator.v1.ApproveJobResponse.job:type_name -> certmesh.operator.v1.Job
+	44,  // 63: certmesh.operator.v1.RejectJobResponse.job:type_name -> certmesh.operator.v1.Job
+	89,  // 64: certmesh.operator.v1.Issuer.created_at:type_name -> google.protobuf.Timestamp
+	89,  // 65: certmesh.operator.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
+	0,   // 66: certmesh.operator.v1.ListIssuersRequest.page:type_name -> certmesh.operator.v1.Page
+	55,  // 67: certmesh.operator.v1.ListIssuersResponse.issuers:type_name -> certmesh.operator.v1.Issuer
+	55,  // 68: certmesh.operator.v1.GetIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
+	55,  // 69: certmesh.operator.v1.CreateIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
+	90,  // 70: certmesh.operator.v1.Profile.ttl:type_name -> google.protobuf.Duration
+	90,  // 71: certmesh.operator.v1.Profile.max_ttl:type_name -> google.protobuf.Duration
+	0,   // 72: certmesh.operator.v1.ListProfilesRequest.page:type_name -> certmesh.operator.v1.Page
+	62,  // 73: certmesh.operator.v1.ListProfilesResponse.profiles:type_name -> certmesh.operator.v1.Profile
+	89,  // 74: certmesh.operator.v1.Target.created_at:type_name -> google.protobuf.Timestamp
+	0,   // 75: certmesh.operator.v1.ListTargetsRequest.page:type_name -> certmesh.operator.v1.Page
+	65,  // 76: certmesh.operator.v1.ListTargetsResponse.targets:type_name -> certmesh.operator.v1.Target
+	65,  // 77: certmesh.operator.v1.GetTargetResponse.target:type_name -> certmesh.operator.v1.Target
+	65,  // 78: certmesh.operator.v1.CreateTargetResponse.target:type_name -> certmesh.operator.v1.Target
+	89,  // 79: certmesh.operator.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	85,  // 80: certmesh.operator.v1.GetStatusResponse.certificates_by_status:type_name -> certmesh.operator.v1.GetStatusResponse.CertificatesByStatusEntry
+	86,  // 81: certmesh.operator.v1.GetStatusResponse.agents_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.AgentsByStateEntry
+	87,  // 82: certmesh.operator.v1.GetStatusResponse.open_jobs_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.OpenJobsByStateEntry
+	74,  // 83: certmesh.operator.v1.GetStatusResponse.duties:type_name -> certmesh.operator.v1.DutyStatus
+	90,  // 84: certmesh.operator.v1.DutyStatus.interval:type_name -> google.protobuf.Duration
+	89,  // 85: certmesh.operator.v1.DutyStatus.last_run:type_name -> google.protobuf.Timestamp
+	89,  // 86: certmesh.operator.v1.AuditEvent.at:type_name -> google.protobuf.Timestamp
+	88,  // 87: certmesh.operator.v1.AuditEvent.detail:type_name -> certmesh.operator.v1.AuditEvent.DetailEntry
+	0,   // 88: certmesh.operator.v1.ListAuditEventsRequest.page:type_name -> certmesh.operator.v1.Page
+	75,  // 89: certmesh.operator.v1.ListAuditEventsResponse.events:type_name -> certmesh.operator.v1.AuditEvent
+	80,  // 90: certmesh.operator.v1.WatchResponse.changes:type_name -> certmesh.operator.v1.Change
+	8,   // 91: certmesh.operator.v1.CertificatesService.ListCertificates:input_type -> certmesh.operator.v1.ListCertificatesRequest
+	10,  // 92: certmesh.operator.v1.CertificatesService.GetCertificate:input_type -> certmesh.operator.v1.GetCertificateRequest
+	12,  // 93: certmesh.operator.v1.CertificatesService.CreateCertificate:input_type -> certmesh.operator.v1.CreateCertificateRequest
+	14,  // 94: certmesh.operator.v1.CertificatesService.RenewCertificate:input_type -> certmesh.operator.v1.RenewCertificateRequest
+	16,  // 95: certmesh.operator.v1.CertificatesService.DeployCertificate:input_type -> certmesh.operator.v1.DeployCertificateRequest
+	18,  // 96: certmesh.operator.v1.CertificatesService.VerifyCertificate:input_type -> certmesh.operator.v1.VerifyCertificateRequest
+	20,  // 97: certmesh.operator.v1.CertificatesService.RevokeCertificate:input_type -> certmesh.operator.v1.RevokeCertificateRequest
+	22,  // 98: certmesh.operator.v1.CertificatesService.ListVersions:input_type -> certmesh.operator.v1.ListVersionsRequest
+	24,  // 99: certmesh.operator.v1.CertificatesService.ExplainCertificate:input_type -> certmesh.operator.v1.ExplainCertificateRequest
+	29,  // 100: certmesh.operator.v1.AgentsService.ListAgents:input_type -> certmesh.operator.v1.ListAgentsRequest
+	31,  // 101: certmesh.operator.v1.AgentsService.GetAgent:input_type -> certmesh.operator.v1.GetAgentRequest
+	33,  // 102: certmesh.operator.v1.AgentsService.RetireAgent:input_type -> certmesh.operator.v1.RetireAgentRequest
+	35,  // 103: certmesh.operator.v1.AgentsService.ReleaseAgent:input_type -> certmesh.operator.v1.ReleaseAgentRequest
+	37,  // 104: certmesh.operator.v1.AgentsService.CreateJoinToken:input_type -> certmesh.operator.v1.CreateJoinTokenRequest
+	40,  // 105: certmesh.operator.v1.AgentsService.ListJoinTokens:input_type -> certmesh.operator.v1.ListJoinTokensRequest
+	42,  // 106: certmesh.operator.v1.AgentsService.RevokeJoinToken:input_type -> certmesh.operator.v1.RevokeJoinTokenRequest
+	45,  // 107: certmesh.operator.v1.JobsService.ListJobs:input_type -> certmesh.operator.v1.ListJobsRequest
+	47,  // 108: certmesh.operator.v1.JobsService.GetJob:input_type -> certmesh.operator.v1.GetJobRequest
+	49,  // 109: certmesh.operator.v1.JobsService.CancelJob:input_type -> certmesh.operator.v1.CancelJobRequest
+	51,  // 110: certmesh.operator.v1.JobsService.ApproveJob:input_type -> certmesh.operator.v1.ApproveJobRequest
+	53,  // 111: certmesh.operator.v1.JobsService.RejectJob:input_type -> certmesh.operator.v1.RejectJobRequest
+	56,  // 112: certmesh.operator.v1.IssuersService.ListIssuers:input_type -> certmesh.operator.v1.ListIssuersRequest
+	58,  // 113: certmesh.operator.v1.IssuersService.GetIssuer:input_type -> certmesh.operator.v1.GetIssuerRequest
+	60,  // 114: certmesh.operator.v1.IssuersService.CreateIssuer:input_type -> certmesh.operator.v1.CreateIssuerRequest
+	63,  // 115: certmesh.operator.v1.IssuersService.ListProfiles:input_type -> certmesh.operator.v1.ListProfilesRequest
+	66,  // 116: certmesh.operator.v1.TargetsService.ListTargets:input_type -> certmesh.operator.v1.ListTargetsRequest
+	68,  // 117: certmesh.operator.v1.TargetsService.GetTarget:input_type -> certmesh.operator.v1.GetTargetRequest
+	70,  // 118: certmesh.operator.v1.TargetsService.CreateTarget:input_type -> certmesh.operator.v1.CreateTargetRequest
+	72,  // 119: certmesh.operator.v1.SystemService.GetStatus:input_type -> certmesh.operator.v1.GetStatusRequest
+	76,  // 120: certmesh.operator.v1.SystemService.ListAuditEvents:input_type -> certmesh.operator.v1.ListAuditEventsRequest
+	78,  // 121: certmesh.operator.v1.SystemService.Watch:input_type -> certmesh.operator.v1.WatchRequest
+	9,   // 122: certmesh.operator.v1.CertificatesService.ListCertificates:output_type -> certmesh.operator.v1.ListCertificatesResponse
+	11,  // 123: certmesh.operator.v1.CertificatesService.GetCertificate:output_type -> certmesh.operator.v1.GetCertificateResponse
+	13,  // 124: certmesh.operator.v1.CertificatesService.CreateCertificate:output_type -> certmesh.operator.v1.CreateCertificateResponse
+	15,  // 125: certmesh.operator.v1.CertificatesService.RenewCertificate:output_type -> certmesh.operator.v1.RenewCertificateResponse
+	17,  // 126: certmesh.operator.v1.CertificatesService.DeployCertificate:output_type -> certmesh.operator.v1.DeployCertificateResponse
+	19,  // 127: certmesh.operator.v1.CertificatesService.VerifyCertificate:output_type -> certmesh.operator.v1.VerifyCertificateResponse
+	21,  // 128: certmesh.operator.v1.CertificatesService.RevokeCertificate:output_type -> certmesh.operator.v1.RevokeCertificateResponse
+	23,  // 129: certmesh.operator.v1.CertificatesService.ListVersions:output_type -> certmesh.operator.v1.ListVersionsResponse
+	25,  // 130: certmesh.operator.v1.CertificatesService.ExplainCertificate:output_type -> certmesh.operator.v1.ExplainCertificateResponse
+	30,  // 131: certmesh.operator.v1.AgentsService.ListAgents:output_type -> certmesh.operator.v1.ListAgentsResponse
+	32,  // 132: certmesh.operator.v1.AgentsService.GetAgent:output_type -> certmesh.operator.v1.GetAgentResponse
+	34,  // 133: certmesh.operator.v1.AgentsService.RetireAgent:output_type -> certmesh.operator.v1.RetireAgentResponse
+	36,  // 134: certmesh.operator.v1.AgentsService.ReleaseAgent:output_type -> certmesh.operator.v1.ReleaseAgentResponse
+	38,  // 135: certmesh.operator.v1.AgentsService.CreateJoinToken:output_type -> certmesh.operator.v1.CreateJoinTokenResponse
+	41,  // 136: certmesh.operator.v1.AgentsService.ListJoinTokens:output_type -> certmesh.operator.v1.ListJoinTokensResponse
+	43,  // 137: certmesh.operator.v1.AgentsService.RevokeJoinToken:output_type -> certmesh.operator.v1.RevokeJoinTokenResponse
+	46,  // 138: certmesh.operator.v1.JobsService.ListJobs:output_type -> certmesh.operator.v1.ListJobsResponse
+	48,  // 139: certmesh.operator.v1.JobsService.GetJob:output_type -> certmesh.operator.v1.GetJobResponse
+	50,  // 140: certmesh.operator.v1.JobsService.CancelJob:output_type -> certmesh.operator.v1.CancelJobResponse
+	52,  // 141: certmesh.operator.v1.JobsService.ApproveJob:output_type -> certmesh.operator.v1.ApproveJobResponse
+	54,  // 142: certmesh.operator.v1.JobsService.RejectJob:output_type -> certmesh.operator.v1.RejectJobResponse
+	57,  // 143: certmesh.operator.v1.IssuersService.ListIssuers:output_type -> certmesh.operator.v1.ListIssuersResponse
+	59,  // 144: certmesh.operator.v1.IssuersService.GetIssuer:output_type -> certmesh.operator.v1.GetIssuerResponse
+	61,  // 145: certmesh.operator.v1.IssuersService.CreateIssuer:output_type -> certmesh.operator.v1.CreateIssuerResponse
+	64,  // 146: certmesh.operator.v1.IssuersService.ListProfiles:output_type -> certmesh.operator.v1.ListProfilesResponse
+	67,  // 147: certmesh.operator.v1.TargetsService.ListTargets:output_type -> certmesh.operator.v1.ListTargetsResponse
+	69,  // 148: certmesh.operator.v1.TargetsService.GetTarget:output_type -> certmesh.operator.v1.GetTargetResponse
+	71,  // 149: certmesh.operator.v1.TargetsService.CreateTarget:output_type -> certmesh.operator.v1.CreateTargetResponse
+	73,  // 150: certmesh.operator.v1.SystemService.GetStatus:output_type -> certmesh.operator.v1.GetStatusResponse
+	77,  // 151: certmesh.operator.v1.SystemService.ListAuditEvents:output_type -> certmesh.operator.v1.ListAuditEventsResponse
+	79,  // 152: certmesh.operator.v1.SystemService.Watch:output_type -> certmesh.operator.v1.WatchResponse
+	122, // [122:153] is the sub-list for method output_type
+	91,  // [91:122] is the sub-list for method input_type
+	91,  // [91:91] is the sub-list for extension type_name
+	91,  // [91:91] is the sub-list for extension extendee
+	0,   // [0:91] is the sub-list for field type_name
 }
 
 func init() { file_operator_v1_operator_proto_init() }
@@ -5271,7 +6057,7 @@ func file_operator_v1_operator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_operator_v1_operator_proto_rawDesc), len(file_operator_v1_operator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   75,
+			NumMessages:   89,
 			NumExtensions: 0,
 			NumServices:   6,
 		},

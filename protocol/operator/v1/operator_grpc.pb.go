@@ -25,6 +25,8 @@ const (
 	CertificatesService_GetCertificate_FullMethodName     = "/certmesh.operator.v1.CertificatesService/GetCertificate"
 	CertificatesService_CreateCertificate_FullMethodName  = "/certmesh.operator.v1.CertificatesService/CreateCertificate"
 	CertificatesService_RenewCertificate_FullMethodName   = "/certmesh.operator.v1.CertificatesService/RenewCertificate"
+	CertificatesService_DeployCertificate_FullMethodName  = "/certmesh.operator.v1.CertificatesService/DeployCertificate"
+	CertificatesService_VerifyCertificate_FullMethodName  = "/certmesh.operator.v1.CertificatesService/VerifyCertificate"
 	CertificatesService_RevokeCertificate_FullMethodName  = "/certmesh.operator.v1.CertificatesService/RevokeCertificate"
 	CertificatesService_ListVersions_FullMethodName       = "/certmesh.operator.v1.CertificatesService/ListVersions"
 	CertificatesService_ExplainCertificate_FullMethodName = "/certmesh.operator.v1.CertificatesService/ExplainCertificate"
@@ -41,6 +43,11 @@ type CertificatesServiceClient interface {
 	CreateCertificate(ctx context.Context, in *CreateCertificateRequest, opts ...grpc.CallOption) (*CreateCertificateResponse, error)
 	// RenewCertificate creates renewal jobs now, whatever the policy says; answers with the jobs, also when one was already open.
 	RenewCertificate(ctx context.Context, in *RenewCertificateRequest, opts ...grpc.CallOption) (*RenewCertificateResponse, error)
+	// DeployCertificate installs what is issued at every placement again now, whatever their back-off; answers with the
+	// jobs, also when one was already open.
+	DeployCertificate(ctx context.Context, in *DeployCertificateRequest, opts ...grpc.CallOption) (*DeployCertificateResponse, error)
+	// VerifyCertificate has the agents look at every placement now: what it holds and serves, changing nothing.
+	VerifyCertificate(ctx context.Context, in *VerifyCertificateRequest, opts ...grpc.CallOption) (*VerifyCertificateResponse, error)
 	RevokeCertificate(ctx context.Context, in *RevokeCertificateRequest, opts ...grpc.CallOption) (*RevokeCertificateResponse, error)
 	ListVersions(ctx context.Context, in *ListVersionsRequest, opts ...grpc.CallOption) (*ListVersionsResponse, error)
 	// ExplainCertificate says in words why a certificate is or is not due, and what its placements wait for.
@@ -95,6 +102,26 @@ func (c *certificatesServiceClient) RenewCertificate(ctx context.Context, in *Re
 	return out, nil
 }
 
+func (c *certificatesServiceClient) DeployCertificate(ctx context.Context, in *DeployCertificateRequest, opts ...grpc.CallOption) (*DeployCertificateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeployCertificateResponse)
+	err := c.cc.Invoke(ctx, CertificatesService_DeployCertificate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificatesServiceClient) VerifyCertificate(ctx context.Context, in *VerifyCertificateRequest, opts ...grpc.CallOption) (*VerifyCertificateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(VerifyCertificateResponse)
+	err := c.cc.Invoke(ctx, CertificatesService_VerifyCertificate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *certificatesServiceClient) RevokeCertificate(ctx context.Context, in *RevokeCertificateRequest, opts ...grpc.CallOption) (*RevokeCertificateResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(RevokeCertificateResponse)
@@ -136,6 +163,11 @@ type CertificatesServiceServer interface {
 	CreateCertificate(context.Context, *CreateCertificateRequest) (*CreateCertificateResponse, error)
 	// RenewCertificate creates renewal jobs now, whatever the policy says; answers with the jobs, also when one was already open.
 	RenewCertificate(context.Context, *RenewCertificateRequest) (*RenewCertificateResponse, error)
+	// DeployCertificate installs what is issued at every placement again now, whatever their back-off; answers with the
+	// jobs, also when one was already open.
+	DeployCertificate(context.Context, *DeployCertificateRequest) (*DeployCertificateResponse, error)
+	// VerifyCertificate has the agents look at every placement now: what it holds and serves, changing nothing.
+	VerifyCertificate(context.Context, *VerifyCertificateRequest) (*VerifyCertificateResponse, error)
 	RevokeCertificate(context.Context, *RevokeCertificateRequest) (*RevokeCertificateResponse, error)
 	ListVersions(context.Context, *ListVersionsRequest) (*ListVersionsResponse, error)
 	// ExplainCertificate says in words why a certificate is or is not due, and what its placements wait for.
@@ -161,6 +193,12 @@ func (UnimplementedCertificatesServiceServer) CreateCertificate(context.Context,
 }
 func (UnimplementedCertificatesServiceServer) RenewCertificate(context.Context, *RenewCertificateRequest) (*RenewCertificateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RenewCertificate not implemented")
+}
+func (UnimplementedCertificatesServiceServer) DeployCertificate(context.Context, *DeployCertificateRequest) (*DeployCertificateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeployCertificate not implemented")
+}
+func (UnimplementedCertificatesServiceServer) VerifyCertificate(context.Context, *VerifyCertificateRequest) (*VerifyCertificateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method VerifyCertificate not implemented")
 }
 func (UnimplementedCertificatesServiceServer) RevokeCertificate(context.Context, *RevokeCertificateRequest) (*RevokeCertificateResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method RevokeCertificate not implemented")
@@ -264,6 +302,42 @@ func _CertificatesService_RenewCertificate_Handler(srv interface{}, ctx context.
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CertificatesService_DeployCertificate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeployCertificateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificatesServiceServer).DeployCertificate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificatesService_DeployCertificate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificatesServiceServer).DeployCertificate(ctx, req.(*DeployCertificateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificatesService_VerifyCertificate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(VerifyCertificateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificatesServiceServer).VerifyCertificate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificatesService_VerifyCertificate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificatesServiceServer).VerifyCertificate(ctx, req.(*VerifyCertificateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _CertificatesService_RevokeCertificate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(RevokeCertificateRequest)
 	if err := dec(in); err != nil {
@@ -342,6 +416,14 @@ var CertificatesService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _CertificatesService_RenewCertificate_Handler,
 		},
 		{
+			MethodName: "DeployCertificate",
+			Handler:    _CertificatesService_DeployCertificate_Handler,
+		},
+		{
+			MethodName: "VerifyCertificate",
+			Handler:    _CertificatesService_VerifyCertificate_Handler,
+		},
+		{
 			MethodName: "RevokeCertificate",
 			Handler:    _CertificatesService_RevokeCertificate_Handler,
 		},
@@ -364,6 +446,8 @@ const (
 	AgentsService_RetireAgent_FullMethodName     = "/certmesh.operator.v1.AgentsService/RetireAgent"
 	AgentsService_ReleaseAgent_FullMethodName    = "/certmesh.operator.v1.AgentsService/ReleaseAgent"
 	AgentsService_CreateJoinToken_FullMethodName = "/certmesh.operator.v1.AgentsService/CreateJoinToken"
+	AgentsService_ListJoinTokens_FullMethodName  = "/certmesh.operator.v1.AgentsService/ListJoinTokens"
+	AgentsService_RevokeJoinToken_FullMethodName = "/certmesh.operator.v1.AgentsService/RevokeJoinToken"
 )
 
 // AgentsServiceClient is the client API for AgentsService service.
@@ -379,6 +463,9 @@ type AgentsServiceClient interface {
 	// ReleaseAgent ends a quarantine.
 	ReleaseAgent(ctx context.Context, in *ReleaseAgentRequest, opts ...grpc.CallOption) (*ReleaseAgentResponse, error)
 	CreateJoinToken(ctx context.Context, in *CreateJoinTokenRequest, opts ...grpc.CallOption) (*CreateJoinTokenResponse, error)
+	ListJoinTokens(ctx context.Context, in *ListJoinTokensRequest, opts ...grpc.CallOption) (*ListJoinTokensResponse, error)
+	// RevokeJoinToken ends a token; agents that joined with it stay.
+	RevokeJoinToken(ctx context.Context, in *RevokeJoinTokenRequest, opts ...grpc.CallOption) (*RevokeJoinTokenResponse, error)
 }
 
 type agentsServiceClient struct {
@@ -439,6 +526,26 @@ func (c *agentsServiceClient) CreateJoinToken(ctx context.Context, in *CreateJoi
 	return out, nil
 }
 
+func (c *agentsServiceClient) ListJoinTokens(ctx context.Context, in *ListJoinTokensRequest, opts ...grpc.CallOption) (*ListJoinTokensResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListJoinTokensResponse)
+	err := c.cc.Invoke(ctx, AgentsService_ListJoinTokens_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentsServiceClient) RevokeJoinToken(ctx context.Context, in *RevokeJoinTokenRequest, opts ...grpc.CallOption) (*RevokeJoinTokenResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeJoinTokenResponse)
+	err := c.cc.Invoke(ctx, AgentsService_RevokeJoinToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AgentsServiceServer is the server API for AgentsService service.
 // All implementations must embed UnimplementedAgentsServiceServer
 // for forward compatibility.
@@ -452,6 +559,9 @@ type AgentsServiceServer interface {
 	// ReleaseAgent ends a quarantine.
 	ReleaseAgent(context.Context, *ReleaseAgentRequest) (*ReleaseAgentResponse, error)
 	CreateJoinToken(context.Context, *CreateJoinTokenRequest) (*CreateJoinTokenResponse, error)
+	ListJoinTokens(context.Context, *ListJoinTokensRequest) (*ListJoinTokensResponse, error)
+	// RevokeJoinToken ends a token; agents that joined with it stay.
+	RevokeJoinToken(context.Context, *RevokeJoinTokenRequest) (*RevokeJoinTokenResponse, error)
 	mustEmbedUnimplementedAgentsServiceServer()
 }
 
@@ -476,6 +586,12 @@ func (UnimplementedAgentsServiceServer) ReleaseAgent(context.Context, *ReleaseAg
 }
 func (UnimplementedAgentsServiceServer) CreateJoinToken(context.Context, *CreateJoinTokenRequest) (*CreateJoinTokenResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateJoinToken not implemented")
+}
+func (UnimplementedAgentsServiceServer) ListJoinTokens(context.Context, *ListJoinTokensRequest) (*ListJoinTokensResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListJoinTokens not implemented")
+}
+func (UnimplementedAgentsServiceServer) RevokeJoinToken(context.Context, *RevokeJoinTokenRequest) (*RevokeJoinTokenResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeJoinToken not implemented")
 }
 func (UnimplementedAgentsServiceServer) mustEmbedUnimplementedAgentsServiceServer() {}
 func (UnimplementedAgentsServiceServer) testEmbeddedByValue()                       {}
@@ -588,6 +704,42 @@ func _AgentsService_CreateJoinToken_Handler(srv interface{}, ctx context.Context
 	return interceptor(ctx, in, info, handler)
 }
 
+func _AgentsService_ListJoinTokens_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListJoinTokensRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentsServiceServer).ListJoinTokens(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AgentsService_ListJoinTokens_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentsServiceServer).ListJoinTokens(ctx, req.(*ListJoinTokensRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _AgentsService_RevokeJoinToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeJoinTokenRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentsServiceServer).RevokeJoinToken(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: AgentsService_RevokeJoinToken_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentsServiceServer).RevokeJoinToken(ctx, req.(*RevokeJoinTokenRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // AgentsService_ServiceDesc is the grpc.ServiceDesc for AgentsService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -615,15 +767,25 @@ var AgentsService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "CreateJoinToken",
 			Handler:    _AgentsService_CreateJoinToken_Handler,
 		},
+		{
+			MethodName: "ListJoinTokens",
+			Handler:    _AgentsService_ListJoinTokens_Handler,
+		},
+		{
+			MethodName: "RevokeJoinToken",
+			Handler:    _AgentsService_RevokeJoinToken_Handler,
+		},
 	},
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "operator/v1/operator.proto",
 }
 
 const (
-	JobsService_ListJobs_FullMethodName  = "/certmesh.operator.v1.JobsService/ListJobs"
-	JobsService_GetJob_FullMethodName    = "/certmesh.operator.v1.JobsService/GetJob"
-	JobsService_CancelJob_FullMethodName = "/certmesh.operator.v1.JobsService/CancelJob"
+	JobsService_ListJobs_FullMethodName   = "/certmesh.operator.v1.JobsService/ListJobs"
+	JobsService_GetJob_FullMethodName     = "/certmesh.operator.v1.JobsService/GetJob"
+	JobsService_CancelJob_FullMethodName  = "/certmesh.operator.v1.JobsService/CancelJob"
+	JobsService_ApproveJob_FullMethodName = "/certmesh.operator.v1.JobsService/ApproveJob"
+	JobsService_RejectJob_FullMethodName  = "/certmesh.operator.v1.JobsService/RejectJob"
 )
 
 // JobsServiceClient is the client API for JobsService service.
@@ -635,6 +797,10 @@ type JobsServiceClient interface {
 	ListJobs(ctx context.Context, in *ListJobsRequest, opts ...grpc.CallOption) (*ListJobsResponse, error)
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*GetJobResponse, error)
 	CancelJob(ctx context.Context, in *CancelJobRequest, opts ...grpc.CallOption) (*CancelJobResponse, error)
+	// ApproveJob lets a job that is AwaitingApproval go on.
+	ApproveJob(ctx context.Context, in *ApproveJobRequest, opts ...grpc.CallOption) (*ApproveJobResponse, error)
+	// RejectJob cancels a job that is AwaitingApproval; its certificate is due again after its back-off.
+	RejectJob(ctx context.Context, in *RejectJobRequest, opts ...grpc.CallOption) (*RejectJobResponse, error)
 }
 
 type jobsServiceClient struct {
@@ -675,6 +841,26 @@ func (c *jobsServiceClient) CancelJob(ctx context.Context, in *CancelJobRequest,
 	return out, nil
 }
 
+func (c *jobsServiceClient) ApproveJob(ctx context.Context, in *ApproveJobRequest, opts ...grpc.CallOption) (*ApproveJobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ApproveJobResponse)
+	err := c.cc.Invoke(ctx, JobsService_ApproveJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *jobsServiceClient) RejectJob(ctx context.Context, in *RejectJobRequest, opts ...grpc.CallOption) (*RejectJobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RejectJobResponse)
+	err := c.cc.Invoke(ctx, JobsService_RejectJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // JobsServiceServer is the server API for JobsService service.
 // All implementations must embed UnimplementedJobsServiceServer
 // for forward compatibility.
@@ -684,6 +870,10 @@ type JobsServiceServer interface {
 	ListJobs(context.Context, *ListJobsRequest) (*ListJobsResponse, error)
 	GetJob(context.Context, *GetJobRequest) (*GetJobResponse, error)
 	CancelJob(context.Context, *CancelJobRequest) (*CancelJobResponse, error)
+	// ApproveJob lets a job that is AwaitingApproval go on.
+	ApproveJob(context.Context, *ApproveJobRequest) (*ApproveJobResponse, error)
+	// RejectJob cancels a job that is AwaitingApproval; its certificate is due again after its back-off.
+	RejectJob(context.Context, *RejectJobRequest) (*RejectJobResponse, error)
 	mustEmbedUnimplementedJobsServiceServer()
 }
 
@@ -702,6 +892,12 @@ func (UnimplementedJobsServiceServer) GetJob(context.Context, *GetJobRequest) (*
 }
 func (UnimplementedJobsServiceServer) CancelJob(context.Context, *CancelJobRequest) (*CancelJobResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method CancelJob not implemented")
+}
+func (UnimplementedJobsServiceServer) ApproveJob(context.Context, *ApproveJobRequest) (*ApproveJobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ApproveJob not implemented")
+}
+func (UnimplementedJobsServiceServer) RejectJob(context.Context, *RejectJobRequest) (*RejectJobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RejectJob not implemented")
 }
 func (UnimplementedJobsServiceServer) mustEmbedUnimplementedJobsServiceServer() {}
 func (UnimplementedJobsServiceServer) testEmbeddedByValue()                     {}
@@ -778,6 +974,42 @@ func _JobsService_CancelJob_Handler(srv interface{}, ctx context.Context, dec fu
 	return interceptor(ctx, in, info, handler)
 }
 
+func _JobsService_ApproveJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ApproveJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobsServiceServer).ApproveJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobsService_ApproveJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobsServiceServer).ApproveJob(ctx, req.(*ApproveJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _JobsService_RejectJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RejectJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobsServiceServer).RejectJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobsService_RejectJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobsServiceServer).RejectJob(ctx, req.(*RejectJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // JobsService_ServiceDesc is the grpc.ServiceDesc for JobsService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -796,6 +1028,14 @@ var JobsService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CancelJob",
 			Handler:    _JobsService_CancelJob_Handler,
+		},
+		{
+			MethodName: "ApproveJob",
+			Handler:    _JobsService_ApproveJob_Handler,
+		},
+		{
+			MethodName: "RejectJob",
+			Handler:    _JobsService_RejectJob_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
