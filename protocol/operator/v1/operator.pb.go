@@ -857,14 +857,21 @@ func (x *Version) GetIssuerId() string {
 }
 
 type ListCertificatesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Page          *Page                  `protobuf:"bytes,1,opt,name=page,proto3" json:"page,omitempty"`
-	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
-	IssuerId      string                 `protobuf:"bytes,3,opt,name=issuer_id,json=issuerId,proto3" json:"issuer_id,omitempty"`
-	ProfileId     string                 `protobuf:"bytes,4,opt,name=profile_id,json=profileId,proto3" json:"profile_id,omitempty"`
-	AgentId       string                 `protobuf:"bytes,5,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
-	Owner         string                 `protobuf:"bytes,6,opt,name=owner,proto3" json:"owner,omitempty"`
-	NamePrefix    string                 `protobuf:"bytes,7,opt,name=name_prefix,json=namePrefix,proto3" json:"name_prefix,omitempty"`
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Page       *Page                  `protobuf:"bytes,1,opt,name=page,proto3" json:"page,omitempty"`
+	Status     string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	IssuerId   string                 `protobuf:"bytes,3,opt,name=issuer_id,json=issuerId,proto3" json:"issuer_id,omitempty"`
+	ProfileId  string                 `protobuf:"bytes,4,opt,name=profile_id,json=profileId,proto3" json:"profile_id,omitempty"`
+	AgentId    string                 `protobuf:"bytes,5,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	Owner      string                 `protobuf:"bytes,6,opt,name=owner,proto3" json:"owner,omitempty"`
+	NamePrefix string                 `protobuf:"bytes,7,opt,name=name_prefix,json=namePrefix,proto3" json:"name_prefix,omitempty"`
+	// "created", "name" or "not_after", with "-" before it the other way round. Empty: "name" with name_prefix, "not_after" with
+	// expires_after or expires_before, else "created". Not every filter is indexed in every order: a list that is not
+	// is refused with those that are.
+	Sort string `protobuf:"bytes,8,opt,name=sort,proto3" json:"sort,omitempty"`
+	// Only what is issued and expires before this time; and, beside it or alone, not before that one.
+	ExpiresBefore *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=expires_before,json=expiresBefore,proto3" json:"expires_before,omitempty"`
+	ExpiresAfter  *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=expires_after,json=expiresAfter,proto3" json:"expires_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -946,6 +953,27 @@ func (x *ListCertificatesRequest) GetNamePrefix() string {
 		return x.NamePrefix
 	}
 	return ""
+}
+
+func (x *ListCertificatesRequest) GetSort() string {
+	if x != nil {
+		return x.Sort
+	}
+	return ""
+}
+
+func (x *ListCertificatesRequest) GetExpiresBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresBefore
+	}
+	return nil
+}
+
+func (x *ListCertificatesRequest) GetExpiresAfter() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAfter
+	}
+	return nil
 }
 
 type ListCertificatesResponse struct {
@@ -5373,7 +5401,7 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	" \x01(\tR\x03pem\x129\n" +
 	"\n" +
 	"created_at\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x1b\n" +
-	"\tissuer_id\x18\f \x01(\tR\bissuerId\"\xef\x01\n" +
+	"\tissuer_id\x18\f \x01(\tR\bissuerId\"\x87\x03\n" +
 	"\x17ListCertificatesRequest\x12.\n" +
 	"\x04page\x18\x01 \x01(\v2\x1a.certmesh.operator.v1.PageR\x04page\x12\x16\n" +
 	"\x06status\x18\x02 \x01(\tR\x06status\x12\x1b\n" +
@@ -5383,7 +5411,11 @@ const file_operator_v1_operator_proto_rawDesc = "" +
 	"\bagent_id\x18\x05 \x01(\tR\aagentId\x12\x14\n" +
 	"\x05owner\x18\x06 \x01(\tR\x05owner\x12\x1f\n" +
 	"\vname_prefix\x18\a \x01(\tR\n" +
-	"namePrefix\"\x82\x01\n" +
+	"namePrefix\x12\x12\n" +
+	"\x04sort\x18\b \x01(\tR\x04sort\x12A\n" +
+	"\x0eexpires_before\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\rexpiresBefore\x12?\n" +
+	"\rexpires_after\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\fexpiresAfter\"\x82\x01\n" +
 	"\x18ListCertificatesResponse\x12E\n" +
 	"\fcertificates\x18\x01 \x03(\v2!.certmesh.operator.v1.CertificateR\fcertificates\x12\x1f\n" +
 	"\vnext_cursor\x18\x02 \x01(\tR\n" +
@@ -5905,145 +5937,147 @@ var file_operator_v1_operator_proto_depIdxs = []int32{
 	89,  // 16: certmesh.operator.v1.Version.revoked_at:type_name -> google.protobuf.Timestamp
 	89,  // 17: certmesh.operator.v1.Version.created_at:type_name -> google.protobuf.Timestamp
 	0,   // 18: certmesh.operator.v1.ListCertificatesRequest.page:type_name -> certmesh.operator.v1.Page
-	4,   // 19: certmesh.operator.v1.ListCertificatesResponse.certificates:type_name -> certmesh.operator.v1.Certificate
-	4,   // 20: certmesh.operator.v1.GetCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	1,   // 21: certmesh.operator.v1.CreateCertificateRequest.names:type_name -> certmesh.operator.v1.Names
-	2,   // 22: certmesh.operator.v1.CreateCertificateRequest.policy:type_name -> certmesh.operator.v1.RenewalPolicy
-	4,   // 23: certmesh.operator.v1.CreateCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	44,  // 24: certmesh.operator.v1.CreateCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
-	44,  // 25: certmesh.operator.v1.RenewCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
-	44,  // 26: certmesh.operator.v1.DeployCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
-	44,  // 27: certmesh.operator.v1.VerifyCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
-	4,   // 28: certmesh.operator.v1.RevokeCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	0,   // 29: certmesh.operator.v1.ListVersionsRequest.page:type_name -> certmesh.operator.v1.Page
-	7,   // 30: certmesh.operator.v1.ListVersionsResponse.versions:type_name -> certmesh.operator.v1.Version
-	4,   // 31: certmesh.operator.v1.ExplainCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
-	26,  // 32: certmesh.operator.v1.ExplainCertificateResponse.leaves:type_name -> certmesh.operator.v1.LeafExplanation
-	27,  // 33: certmesh.operator.v1.ExplainCertificateResponse.placements:type_name -> certmesh.operator.v1.PlacementExplanation
-	89,  // 34: certmesh.operator.v1.LeafExplanation.due_at:type_name -> google.protobuf.Timestamp
-	81,  // 35: certmesh.operator.v1.Agent.labels:type_name -> certmesh.operator.v1.Agent.LabelsEntry
-	89,  // 36: certmesh.operator.v1.Agent.created_at:type_name -> google.protobuf.Timestamp
-	89,  // 37: certmesh.operator.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
-	82,  // 38: certmesh.operator.v1.Agent.credits:type_name -> certmesh.operator.v1.Agent.CreditsEntry
-	0,   // 39: certmesh.operator.v1.ListAgentsRequest.page:type_name -> certmesh.operator.v1.Page
-	28,  // 40: certmesh.operator.v1.ListAgentsResponse.agents:type_name -> certmesh.operator.v1.Agent
-	28,  // 41: certmesh.operator.v1.GetAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
-	28,  // 42: certmesh.operator.v1.RetireAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
-	28,  // 43: certmesh.operator.v1.ReleaseAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
-	90,  // 44: certmesh.operator.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
-	83,  // 45: certmesh.operator.v1.CreateJoinTokenRequest.labels:type_name -> certmesh.operator.v1.CreateJoinTokenRequest.LabelsEntry
-	89,  // 46: certmesh.operator.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	84,  // 47: certmesh.operator.v1.JoinToken.labels:type_name -> certmesh.operator.v1.JoinToken.LabelsEntry
-	89,  // 48: certmesh.operator.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
-	89,  // 49: certmesh.operator.v1.JoinToken.revoked_at:type_name -> google.protobuf.Timestamp
-	89,  // 50: certmesh.operator.v1.JoinToken.created_at:type_name -> google.protobuf.Timestamp
-	0,   // 51: certmesh.operator.v1.ListJoinTokensRequest.page:type_name -> certmesh.operator.v1.Page
-	39,  // 52: certmesh.operator.v1.ListJoinTokensResponse.tokens:type_name -> certmesh.operator.v1.JoinToken
-	39,  // 53: certmesh.operator.v1.RevokeJoinTokenResponse.token:type_name -> certmesh.operator.v1.JoinToken
-	89,  // 54: certmesh.operator.v1.Job.run_at:type_name -> google.protobuf.Timestamp
-	89,  // 55: certmesh.operator.v1.Job.created_at:type_name -> google.protobuf.Timestamp
-	89,  // 56: certmesh.operator.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
-	89,  // 57: certmesh.operator.v1.Job.finished_at:type_name -> google.protobuf.Timestamp
-	0,   // 58: certmesh.operator.v1.ListJobsRequest.page:type_name -> certmesh.operator.v1.Page
-	44,  // 59: certmesh.operator.v1.ListJobsResponse.jobs:type_name -> certmesh.operator.v1.Job
-	44,  // 60: certmesh.operator.v1.GetJobResponse.job:type_name -> certmesh.operator.v1.Job
-	44,  // 61: certmesh.operator.v1.CancelJobResponse.job:type_name -> certmesh.operator.v1.Job
-	44,  // 62: certmesh.operator.v1.ApproveJobResponse.job:type_name -> certmesh.operator.v1.Job
-	44,  // 63: certmesh.operator.v1.RejectJobResponse.job:type_name -> certmesh.operator.v1.Job
-	89,  // 64: certmesh.operator.v1.Issuer.created_at:type_name -> google.protobuf.Timestamp
-	89,  // 65: certmesh.operator.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
-	0,   // 66: certmesh.operator.v1.ListIssuersRequest.page:type_name -> certmesh.operator.v1.Page
-	55,  // 67: certmesh.operator.v1.ListIssuersResponse.issuers:type_name -> certmesh.operator.v1.Issuer
-	55,  // 68: certmesh.operator.v1.GetIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
-	55,  // 69: certmesh.operator.v1.CreateIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
-	90,  // 70: certmesh.operator.v1.Profile.ttl:type_name -> google.protobuf.Duration
-	90,  // 71: certmesh.operator.v1.Profile.max_ttl:type_name -> google.protobuf.Duration
-	0,   // 72: certmesh.operator.v1.ListProfilesRequest.page:type_name -> certmesh.operator.v1.Page
-	62,  // 73: certmesh.operator.v1.ListProfilesResponse.profiles:type_name -> certmesh.operator.v1.Profile
-	89,  // 74: certmesh.operator.v1.Target.created_at:type_name -> google.protobuf.Timestamp
-	0,   // 75: certmesh.operator.v1.ListTargetsRequest.page:type_name -> certmesh.operator.v1.Page
-	65,  // 76: certmesh.operator.v1.ListTargetsResponse.targets:type_name -> certmesh.operator.v1.Target
-	65,  // 77: certmesh.operator.v1.GetTargetResponse.target:type_name -> certmesh.operator.v1.Target
-	65,  // 78: certmesh.operator.v1.CreateTargetResponse.target:type_name -> certmesh.operator.v1.Target
-	89,  // 79: certmesh.operator.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
-	85,  // 80: certmesh.operator.v1.GetStatusResponse.certificates_by_status:type_name -> certmesh.operator.v1.GetStatusResponse.CertificatesByStatusEntry
-	86,  // 81: certmesh.operator.v1.GetStatusResponse.agents_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.AgentsByStateEntry
-	87,  // 82: certmesh.operator.v1.GetStatusResponse.open_jobs_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.OpenJobsByStateEntry
-	74,  // 83: certmesh.operator.v1.GetStatusResponse.duties:type_name -> certmesh.operator.v1.DutyStatus
-	90,  // 84: certmesh.operator.v1.DutyStatus.interval:type_name -> google.protobuf.Duration
-	89,  // 85: certmesh.operator.v1.DutyStatus.last_run:type_name -> google.protobuf.Timestamp
-	89,  // 86: certmesh.operator.v1.AuditEvent.at:type_name -> google.protobuf.Timestamp
-	88,  // 87: certmesh.operator.v1.AuditEvent.detail:type_name -> certmesh.operator.v1.AuditEvent.DetailEntry
-	0,   // 88: certmesh.operator.v1.ListAuditEventsRequest.page:type_name -> certmesh.operator.v1.Page
-	75,  // 89: certmesh.operator.v1.ListAuditEventsResponse.events:type_name -> certmesh.operator.v1.AuditEvent
-	80,  // 90: certmesh.operator.v1.WatchResponse.changes:type_name -> certmesh.operator.v1.Change
-	8,   // 91: certmesh.operator.v1.CertificatesService.ListCertificates:input_type -> certmesh.operator.v1.ListCertificatesRequest
-	10,  // 92: certmesh.operator.v1.CertificatesService.GetCertificate:input_type -> certmesh.operator.v1.GetCertificateRequest
-	12,  // 93: certmesh.operator.v1.CertificatesService.CreateCertificate:input_type -> certmesh.operator.v1.CreateCertificateRequest
-	14,  // 94: certmesh.operator.v1.CertificatesService.RenewCertificate:input_type -> certmesh.operator.v1.RenewCertificateRequest
-	16,  // 95: certmesh.operator.v1.CertificatesService.DeployCertificate:input_type -> certmesh.operator.v1.DeployCertificateRequest
-	18,  // 96: certmesh.operator.v1.CertificatesService.VerifyCertificate:input_type -> certmesh.operator.v1.VerifyCertificateRequest
-	20,  // 97: certmesh.operator.v1.CertificatesService.RevokeCertificate:input_type -> certmesh.operator.v1.RevokeCertificateRequest
-	22,  // 98: certmesh.operator.v1.CertificatesService.ListVersions:input_type -> certmesh.operator.v1.ListVersionsRequest
-	24,  // 99: certmesh.operator.v1.CertificatesService.ExplainCertificate:input_type -> certmesh.operator.v1.ExplainCertificateRequest
-	29,  // 100: certmesh.operator.v1.AgentsService.ListAgents:input_type -> certmesh.operator.v1.ListAgentsRequest
-	31,  // 101: certmesh.operator.v1.AgentsService.GetAgent:input_type -> certmesh.operator.v1.GetAgentRequest
-	33,  // 102: certmesh.operator.v1.AgentsService.RetireAgent:input_type -> certmesh.operator.v1.RetireAgentRequest
-	35,  // 103: certmesh.operator.v1.AgentsService.ReleaseAgent:input_type -> certmesh.operator.v1.ReleaseAgentRequest
-	37,  // 104: certmesh.operator.v1.AgentsService.CreateJoinToken:input_type -> certmesh.operator.v1.CreateJoinTokenRequest
-	40,  // 105: certmesh.operator.v1.AgentsService.ListJoinTokens:input_type -> certmesh.operator.v1.ListJoinTokensRequest
-	42,  // 106: certmesh.operator.v1.AgentsService.RevokeJoinToken:input_type -> certmesh.operator.v1.RevokeJoinTokenRequest
-	45,  // 107: certmesh.operator.v1.JobsService.ListJobs:input_type -> certmesh.operator.v1.ListJobsRequest
-	47,  // 108: certmesh.operator.v1.JobsService.GetJob:input_type -> certmesh.operator.v1.GetJobRequest
-	49,  // 109: certmesh.operator.v1.JobsService.CancelJob:input_type -> certmesh.operator.v1.CancelJobRequest
-	51,  // 110: certmesh.operator.v1.JobsService.ApproveJob:input_type -> certmesh.operator.v1.ApproveJobRequest
-	53,  // 111: certmesh.operator.v1.JobsService.RejectJob:input_type -> certmesh.operator.v1.RejectJobRequest
-	56,  // 112: certmesh.operator.v1.IssuersService.ListIssuers:input_type -> certmesh.operator.v1.ListIssuersRequest
-	58,  // 113: certmesh.operator.v1.IssuersService.GetIssuer:input_type -> certmesh.operator.v1.GetIssuerRequest
-	60,  // 114: certmesh.operator.v1.IssuersService.CreateIssuer:input_type -> certmesh.operator.v1.CreateIssuerRequest
-	63,  // 115: certmesh.operator.v1.IssuersService.ListProfiles:input_type -> certmesh.operator.v1.ListProfilesRequest
-	66,  // 116: certmesh.operator.v1.TargetsService.ListTargets:input_type -> certmesh.operator.v1.ListTargetsRequest
-	68,  // 117: certmesh.operator.v1.TargetsService.GetTarget:input_type -> certmesh.operator.v1.GetTargetRequest
-	70,  // 118: certmesh.operator.v1.TargetsService.CreateTarget:input_type -> certmesh.operator.v1.CreateTargetRequest
-	72,  // 119: certmesh.operator.v1.SystemService.GetStatus:input_type -> certmesh.operator.v1.GetStatusRequest
-	76,  // 120: certmesh.operator.v1.SystemService.ListAuditEvents:input_type -> certmesh.operator.v1.ListAuditEventsRequest
-	78,  // 121: certmesh.operator.v1.SystemService.Watch:input_type -> certmesh.operator.v1.WatchRequest
-	9,   // 122: certmesh.operator.v1.CertificatesService.ListCertificates:output_type -> certmesh.operator.v1.ListCertificatesResponse
-	11,  // 123: certmesh.operator.v1.CertificatesService.GetCertificate:output_type -> certmesh.operator.v1.GetCertificateResponse
-	13,  // 124: certmesh.operator.v1.CertificatesService.CreateCertificate:output_type -> certmesh.operator.v1.CreateCertificateResponse
-	15,  // 125: certmesh.operator.v1.CertificatesService.RenewCertificate:output_type -> certmesh.operator.v1.RenewCertificateResponse
-	17,  // 126: certmesh.operator.v1.CertificatesService.DeployCertificate:output_type -> certmesh.operator.v1.DeployCertificateResponse
-	19,  // 127: certmesh.operator.v1.CertificatesService.VerifyCertificate:output_type -> certmesh.operator.v1.VerifyCertificateResponse
-	21,  // 128: certmesh.operator.v1.CertificatesService.RevokeCertificate:output_type -> certmesh.operator.v1.RevokeCertificateResponse
-	23,  // 129: certmesh.operator.v1.CertificatesService.ListVersions:output_type -> certmesh.operator.v1.ListVersionsResponse
-	25,  // 130: certmesh.operator.v1.CertificatesService.ExplainCertificate:output_type -> certmesh.operator.v1.ExplainCertificateResponse
-	30,  // 131: certmesh.operator.v1.AgentsService.ListAgents:output_type -> certmesh.operator.v1.ListAgentsResponse
-	32,  // 132: certmesh.operator.v1.AgentsService.GetAgent:output_type -> certmesh.operator.v1.GetAgentResponse
-	34,  // 133: certmesh.operator.v1.AgentsService.RetireAgent:output_type -> certmesh.operator.v1.RetireAgentResponse
-	36,  // 134: certmesh.operator.v1.AgentsService.ReleaseAgent:output_type -> certmesh.operator.v1.ReleaseAgentResponse
-	38,  // 135: certmesh.operator.v1.AgentsService.CreateJoinToken:output_type -> certmesh.operator.v1.CreateJoinTokenResponse
-	41,  // 136: certmesh.operator.v1.AgentsService.ListJoinTokens:output_type -> certmesh.operator.v1.ListJoinTokensResponse
-	43,  // 137: certmesh.operator.v1.AgentsService.RevokeJoinToken:output_type -> certmesh.operator.v1.RevokeJoinTokenResponse
-	46,  // 138: certmesh.operator.v1.JobsService.ListJobs:output_type -> certmesh.operator.v1.ListJobsResponse
-	48,  // 139: certmesh.operator.v1.JobsService.GetJob:output_type -> certmesh.operator.v1.GetJobResponse
-	50,  // 140: certmesh.operator.v1.JobsService.CancelJob:output_type -> certmesh.operator.v1.CancelJobResponse
-	52,  // 141: certmesh.operator.v1.JobsService.ApproveJob:output_type -> certmesh.operator.v1.ApproveJobResponse
-	54,  // 142: certmesh.operator.v1.JobsService.RejectJob:output_type -> certmesh.operator.v1.RejectJobResponse
-	57,  // 143: certmesh.operator.v1.IssuersService.ListIssuers:output_type -> certmesh.operator.v1.ListIssuersResponse
-	59,  // 144: certmesh.operator.v1.IssuersService.GetIssuer:output_type -> certmesh.operator.v1.GetIssuerResponse
-	61,  // 145: certmesh.operator.v1.IssuersService.CreateIssuer:output_type -> certmesh.operator.v1.CreateIssuerResponse
-	64,  // 146: certmesh.operator.v1.IssuersService.ListProfiles:output_type -> certmesh.operator.v1.ListProfilesResponse
-	67,  // 147: certmesh.operator.v1.TargetsService.ListTargets:output_type -> certmesh.operator.v1.ListTargetsResponse
-	69,  // 148: certmesh.operator.v1.TargetsService.GetTarget:output_type -> certmesh.operator.v1.GetTargetResponse
-	71,  // 149: certmesh.operator.v1.TargetsService.CreateTarget:output_type -> certmesh.operator.v1.CreateTargetResponse
-	73,  // 150: certmesh.operator.v1.SystemService.GetStatus:output_type -> certmesh.operator.v1.GetStatusResponse
-	77,  // 151: certmesh.operator.v1.SystemService.ListAuditEvents:output_type -> certmesh.operator.v1.ListAuditEventsResponse
-	79,  // 152: certmesh.operator.v1.SystemService.Watch:output_type -> certmesh.operator.v1.WatchResponse
-	122, // [122:153] is the sub-list for method output_type
-	91,  // [91:122] is the sub-list for method input_type
-	91,  // [91:91] is the sub-list for extension type_name
-	91,  // [91:91] is the sub-list for extension extendee
-	0,   // [0:91] is the sub-list for field type_name
+	89,  // 19: certmesh.operator.v1.ListCertificatesRequest.expires_before:type_name -> google.protobuf.Timestamp
+	89,  // 20: certmesh.operator.v1.ListCertificatesRequest.expires_after:type_name -> google.protobuf.Timestamp
+	4,   // 21: certmesh.operator.v1.ListCertificatesResponse.certificates:type_name -> certmesh.operator.v1.Certificate
+	4,   // 22: certmesh.operator.v1.GetCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	1,   // 23: certmesh.operator.v1.CreateCertificateRequest.names:type_name -> certmesh.operator.v1.Names
+	2,   // 24: certmesh.operator.v1.CreateCertificateRequest.policy:type_name -> certmesh.operator.v1.RenewalPolicy
+	4,   // 25: certmesh.operator.v1.CreateCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	44,  // 26: certmesh.operator.v1.CreateCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 27: certmesh.operator.v1.RenewCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 28: certmesh.operator.v1.DeployCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 29: certmesh.operator.v1.VerifyCertificateResponse.jobs:type_name -> certmesh.operator.v1.Job
+	4,   // 30: certmesh.operator.v1.RevokeCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	0,   // 31: certmesh.operator.v1.ListVersionsRequest.page:type_name -> certmesh.operator.v1.Page
+	7,   // 32: certmesh.operator.v1.ListVersionsResponse.versions:type_name -> certmesh.operator.v1.Version
+	4,   // 33: certmesh.operator.v1.ExplainCertificateResponse.certificate:type_name -> certmesh.operator.v1.Certificate
+	26,  // 34: certmesh.operator.v1.ExplainCertificateResponse.leaves:type_name -> certmesh.operator.v1.LeafExplanation
+	27,  // 35: certmesh.operator.v1.ExplainCertificateResponse.placements:type_name -> certmesh.operator.v1.PlacementExplanation
+	89,  // 36: certmesh.operator.v1.LeafExplanation.due_at:type_name -> google.protobuf.Timestamp
+	81,  // 37: certmesh.operator.v1.Agent.labels:type_name -> certmesh.operator.v1.Agent.LabelsEntry
+	89,  // 38: certmesh.operator.v1.Agent.created_at:type_name -> google.protobuf.Timestamp
+	89,  // 39: certmesh.operator.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
+	82,  // 40: certmesh.operator.v1.Agent.credits:type_name -> certmesh.operator.v1.Agent.CreditsEntry
+	0,   // 41: certmesh.operator.v1.ListAgentsRequest.page:type_name -> certmesh.operator.v1.Page
+	28,  // 42: certmesh.operator.v1.ListAgentsResponse.agents:type_name -> certmesh.operator.v1.Agent
+	28,  // 43: certmesh.operator.v1.GetAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
+	28,  // 44: certmesh.operator.v1.RetireAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
+	28,  // 45: certmesh.operator.v1.ReleaseAgentResponse.agent:type_name -> certmesh.operator.v1.Agent
+	90,  // 46: certmesh.operator.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	83,  // 47: certmesh.operator.v1.CreateJoinTokenRequest.labels:type_name -> certmesh.operator.v1.CreateJoinTokenRequest.LabelsEntry
+	89,  // 48: certmesh.operator.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	84,  // 49: certmesh.operator.v1.JoinToken.labels:type_name -> certmesh.operator.v1.JoinToken.LabelsEntry
+	89,  // 50: certmesh.operator.v1.JoinToken.expires_at:type_name -> google.protobuf.Timestamp
+	89,  // 51: certmesh.operator.v1.JoinToken.revoked_at:type_name -> google.protobuf.Timestamp
+	89,  // 52: certmesh.operator.v1.JoinToken.created_at:type_name -> google.protobuf.Timestamp
+	0,   // 53: certmesh.operator.v1.ListJoinTokensRequest.page:type_name -> certmesh.operator.v1.Page
+	39,  // 54: certmesh.operator.v1.ListJoinTokensResponse.tokens:type_name -> certmesh.operator.v1.JoinToken
+	39,  // 55: certmesh.operator.v1.RevokeJoinTokenResponse.token:type_name -> certmesh.operator.v1.JoinToken
+	89,  // 56: certmesh.operator.v1.Job.run_at:type_name -> google.protobuf.Timestamp
+	89,  // 57: certmesh.operator.v1.Job.created_at:type_name -> google.protobuf.Timestamp
+	89,  // 58: certmesh.operator.v1.Job.updated_at:type_name -> google.protobuf.Timestamp
+	89,  // 59: certmesh.operator.v1.Job.finished_at:type_name -> google.protobuf.Timestamp
+	0,   // 60: certmesh.operator.v1.ListJobsRequest.page:type_name -> certmesh.operator.v1.Page
+	44,  // 61: certmesh.operator.v1.ListJobsResponse.jobs:type_name -> certmesh.operator.v1.Job
+	44,  // 62: certmesh.operator.v1.GetJobResponse.job:type_name -> certmesh.operator.v1.Job
+	44,  // 63: certmesh.operator.v1.CancelJobResponse.job:type_name -> certmesh.operator.v1.Job
+	44,  // 64: certmesh.operator.v1.ApproveJobResponse.job:type_name -> certmesh.operator.v1.Job
+	44,  // 65: certmesh.operator.v1.RejectJobResponse.job:type_name -> certmesh.operator.v1.Job
+	89,  // 66: certmesh.operator.v1.Issuer.created_at:type_name -> google.protobuf.Timestamp
+	89,  // 67: certmesh.operator.v1.Issuer.not_after:type_name -> google.protobuf.Timestamp
+	0,   // 68: certmesh.operator.v1.ListIssuersRequest.page:type_name -> certmesh.operator.v1.Page
+	55,  // 69: certmesh.operator.v1.ListIssuersResponse.issuers:type_name -> certmesh.operator.v1.Issuer
+	55,  // 70: certmesh.operator.v1.GetIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
+	55,  // 71: certmesh.operator.v1.CreateIssuerResponse.issuer:type_name -> certmesh.operator.v1.Issuer
+	90,  // 72: certmesh.operator.v1.Profile.ttl:type_name -> google.protobuf.Duration
+	90,  // 73: certmesh.operator.v1.Profile.max_ttl:type_name -> google.protobuf.Duration
+	0,   // 74: certmesh.operator.v1.ListProfilesRequest.page:type_name -> certmesh.operator.v1.Page
+	62,  // 75: certmesh.operator.v1.ListProfilesResponse.profiles:type_name -> certmesh.operator.v1.Profile
+	89,  // 76: certmesh.operator.v1.Target.created_at:type_name -> google.protobuf.Timestamp
+	0,   // 77: certmesh.operator.v1.ListTargetsRequest.page:type_name -> certmesh.operator.v1.Page
+	65,  // 78: certmesh.operator.v1.ListTargetsResponse.targets:type_name -> certmesh.operator.v1.Target
+	65,  // 79: certmesh.operator.v1.GetTargetResponse.target:type_name -> certmesh.operator.v1.Target
+	65,  // 80: certmesh.operator.v1.CreateTargetResponse.target:type_name -> certmesh.operator.v1.Target
+	89,  // 81: certmesh.operator.v1.GetStatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	85,  // 82: certmesh.operator.v1.GetStatusResponse.certificates_by_status:type_name -> certmesh.operator.v1.GetStatusResponse.CertificatesByStatusEntry
+	86,  // 83: certmesh.operator.v1.GetStatusResponse.agents_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.AgentsByStateEntry
+	87,  // 84: certmesh.operator.v1.GetStatusResponse.open_jobs_by_state:type_name -> certmesh.operator.v1.GetStatusResponse.OpenJobsByStateEntry
+	74,  // 85: certmesh.operator.v1.GetStatusResponse.duties:type_name -> certmesh.operator.v1.DutyStatus
+	90,  // 86: certmesh.operator.v1.DutyStatus.interval:type_name -> google.protobuf.Duration
+	89,  // 87: certmesh.operator.v1.DutyStatus.last_run:type_name -> google.protobuf.Timestamp
+	89,  // 88: certmesh.operator.v1.AuditEvent.at:type_name -> google.protobuf.Timestamp
+	88,  // 89: certmesh.operator.v1.AuditEvent.detail:type_name -> certmesh.operator.v1.AuditEvent.DetailEntry
+	0,   // 90: certmesh.operator.v1.ListAuditEventsRequest.page:type_name -> certmesh.operator.v1.Page
+	75,  // 91: certmesh.operator.v1.ListAuditEventsResponse.events:type_name -> certmesh.operator.v1.AuditEvent
+	80,  // 92: certmesh.operator.v1.WatchResponse.changes:type_name -> certmesh.operator.v1.Change
+	8,   // 93: certmesh.operator.v1.CertificatesService.ListCertificates:input_type -> certmesh.operator.v1.ListCertificatesRequest
+	10,  // 94: certmesh.operator.v1.CertificatesService.GetCertificate:input_type -> certmesh.operator.v1.GetCertificateRequest
+	12,  // 95: certmesh.operator.v1.CertificatesService.CreateCertificate:input_type -> certmesh.operator.v1.CreateCertificateRequest
+	14,  // 96: certmesh.operator.v1.CertificatesService.RenewCertificate:input_type -> certmesh.operator.v1.RenewCertificateRequest
+	16,  // 97: certmesh.operator.v1.CertificatesService.DeployCertificate:input_type -> certmesh.operator.v1.DeployCertificateRequest
+	18,  // 98: certmesh.operator.v1.CertificatesService.VerifyCertificate:input_type -> certmesh.operator.v1.VerifyCertificateRequest
+	20,  // 99: certmesh.operator.v1.CertificatesService.RevokeCertificate:input_type -> certmesh.operator.v1.RevokeCertificateRequest
+	22,  // 100: certmesh.operator.v1.CertificatesService.ListVersions:input_type -> certmesh.operator.v1.ListVersionsRequest
+	24,  // 101: certmesh.operator.v1.CertificatesService.ExplainCertificate:input_type -> certmesh.operator.v1.ExplainCertificateRequest
+	29,  // 102: certmesh.operator.v1.AgentsService.ListAgents:input_type -> certmesh.operator.v1.ListAgentsRequest
+	31,  // 103: certmesh.operator.v1.AgentsService.GetAgent:input_type -> certmesh.operator.v1.GetAgentRequest
+	33,  // 104: certmesh.operator.v1.AgentsService.RetireAgent:input_type -> certmesh.operator.v1.RetireAgentRequest
+	35,  // 105: certmesh.operator.v1.AgentsService.ReleaseAgent:input_type -> certmesh.operator.v1.ReleaseAgentRequest
+	37,  // 106: certmesh.operator.v1.AgentsService.CreateJoinToken:input_type -> certmesh.operator.v1.CreateJoinTokenRequest
+	40,  // 107: certmesh.operator.v1.AgentsService.ListJoinTokens:input_type -> certmesh.operator.v1.ListJoinTokensRequest
+	42,  // 108: certmesh.operator.v1.AgentsService.RevokeJoinToken:input_type -> certmesh.operator.v1.RevokeJoinTokenRequest
+	45,  // 109: certmesh.operator.v1.JobsService.ListJobs:input_type -> certmesh.operator.v1.ListJobsRequest
+	47,  // 110: certmesh.operator.v1.JobsService.GetJob:input_type -> certmesh.operator.v1.GetJobRequest
+	49,  // 111: certmesh.operator.v1.JobsService.CancelJob:input_type -> certmesh.operator.v1.CancelJobRequest
+	51,  // 112: certmesh.operator.v1.JobsService.ApproveJob:input_type -> certmesh.operator.v1.ApproveJobRequest
+	53,  // 113: certmesh.operator.v1.JobsService.RejectJob:input_type -> certmesh.operator.v1.RejectJobRequest
+	56,  // 114: certmesh.operator.v1.IssuersService.ListIssuers:input_type -> certmesh.operator.v1.ListIssuersRequest
+	58,  // 115: certmesh.operator.v1.IssuersService.GetIssuer:input_type -> certmesh.operator.v1.GetIssuerRequest
+	60,  // 116: certmesh.operator.v1.IssuersService.CreateIssuer:input_type -> certmesh.operator.v1.CreateIssuerRequest
+	63,  // 117: certmesh.operator.v1.IssuersService.ListProfiles:input_type -> certmesh.operator.v1.ListProfilesRequest
+	66,  // 118: certmesh.operator.v1.TargetsService.ListTargets:input_type -> certmesh.operator.v1.ListTargetsRequest
+	68,  // 119: certmesh.operator.v1.TargetsService.GetTarget:input_type -> certmesh.operator.v1.GetTargetRequest
+	70,  // 120: certmesh.operator.v1.TargetsService.CreateTarget:input_type -> certmesh.operator.v1.CreateTargetRequest
+	72,  // 121: certmesh.operator.v1.SystemService.GetStatus:input_type -> certmesh.operator.v1.GetStatusRequest
+	76,  // 122: certmesh.operator.v1.SystemService.ListAuditEvents:input_type -> certmesh.operator.v1.ListAuditEventsRequest
+	78,  // 123: certmesh.operator.v1.SystemService.Watch:input_type -> certmesh.operator.v1.WatchRequest
+	9,   // 124: certmesh.operator.v1.CertificatesService.ListCertificates:output_type -> certmesh.operator.v1.ListCertificatesResponse
+	11,  // 125: certmesh.operator.v1.CertificatesService.GetCertificate:output_type -> certmesh.operator.v1.GetCertificateResponse
+	13,  // 126: certmesh.operator.v1.CertificatesService.CreateCertificate:output_type -> certmesh.operator.v1.CreateCertificateResponse
+	15,  // 127: certmesh.operator.v1.CertificatesService.RenewCertificate:output_type -> certmesh.operator.v1.RenewCertificateResponse
+	17,  // 128: certmesh.operator.v1.CertificatesService.DeployCertificate:output_type -> certmesh.operator.v1.DeployCertificateResponse
+	19,  // 129: certmesh.operator.v1.CertificatesService.VerifyCertificate:output_type -> certmesh.operator.v1.VerifyCertificateResponse
+	21,  // 130: certmesh.operator.v1.CertificatesService.RevokeCertificate:output_type -> certmesh.operator.v1.RevokeCertificateResponse
+	23,  // 131: certmesh.operator.v1.CertificatesService.ListVersions:output_type -> certmesh.operator.v1.ListVersionsResponse
+	25,  // 132: certmesh.operator.v1.CertificatesService.ExplainCertificate:output_type -> certmesh.operator.v1.ExplainCertificateResponse
+	30,  // 133: certmesh.operator.v1.AgentsService.ListAgents:output_type -> certmesh.operator.v1.ListAgentsResponse
+	32,  // 134: certmesh.operator.v1.AgentsService.GetAgent:output_type -> certmesh.operator.v1.GetAgentResponse
+	34,  // 135: certmesh.operator.v1.AgentsService.RetireAgent:output_type -> certmesh.operator.v1.RetireAgentResponse
+	36,  // 136: certmesh.operator.v1.AgentsService.ReleaseAgent:output_type -> certmesh.operator.v1.ReleaseAgentResponse
+	38,  // 137: certmesh.operator.v1.AgentsService.CreateJoinToken:output_type -> certmesh.operator.v1.CreateJoinTokenResponse
+	41,  // 138: certmesh.operator.v1.AgentsService.ListJoinTokens:output_type -> certmesh.operator.v1.ListJoinTokensResponse
+	43,  // 139: certmesh.operator.v1.AgentsService.RevokeJoinToken:output_type -> certmesh.operator.v1.RevokeJoinTokenResponse
+	46,  // 140: certmesh.operator.v1.JobsService.ListJobs:output_type -> certmesh.operator.v1.ListJobsResponse
+	48,  // 141: certmesh.operator.v1.JobsService.GetJob:output_type -> certmesh.operator.v1.GetJobResponse
+	50,  // 142: certmesh.operator.v1.JobsService.CancelJob:output_type -> certmesh.operator.v1.CancelJobResponse
+	52,  // 143: certmesh.operator.v1.JobsService.ApproveJob:output_type -> certmesh.operator.v1.ApproveJobResponse
+	54,  // 144: certmesh.operator.v1.JobsService.RejectJob:output_type -> certmesh.operator.v1.RejectJobResponse
+	57,  // 145: certmesh.operator.v1.IssuersService.ListIssuers:output_type -> certmesh.operator.v1.ListIssuersResponse
+	59,  // 146: certmesh.operator.v1.IssuersService.GetIssuer:output_type -> certmesh.operator.v1.GetIssuerResponse
+	61,  // 147: certmesh.operator.v1.IssuersService.CreateIssuer:output_type -> certmesh.operator.v1.CreateIssuerResponse
+	64,  // 148: certmesh.operator.v1.IssuersService.ListProfiles:output_type -> certmesh.operator.v1.ListProfilesResponse
+	67,  // 149: certmesh.operator.v1.TargetsService.ListTargets:output_type -> certmesh.operator.v1.ListTargetsResponse
+	69,  // 150: certmesh.operator.v1.TargetsService.GetTarget:output_type -> certmesh.operator.v1.GetTargetResponse
+	71,  // 151: certmesh.operator.v1.TargetsService.CreateTarget:output_type -> certmesh.operator.v1.CreateTargetResponse
+	73,  // 152: certmesh.operator.v1.SystemService.GetStatus:output_type -> certmesh.operator.v1.GetStatusResponse
+	77,  // 153: certmesh.operator.v1.SystemService.ListAuditEvents:output_type -> certmesh.operator.v1.ListAuditEventsResponse
+	79,  // 154: certmesh.operator.v1.SystemService.Watch:output_type -> certmesh.operator.v1.WatchResponse
+	124, // [124:155] is the sub-list for method output_type
+	93,  // [93:124] is the sub-list for method input_type
+	93,  // [93:93] is the sub-list for extension type_name
+	93,  // [93:93] is the sub-list for extension extendee
+	0,   // [0:93] is the sub-list for field type_name
 }
 
 func init() { file_operator_v1_operator_proto_init() }
