@@ -45,7 +45,7 @@ type Options struct {
 }
 
 // Addresses are where the listeners really listen.
-type Addresses struct{ API, GRPC, Mesh, PKI string }
+type Addresses struct{ API, GRPC, Mesh, PKI, Debug string }
 
 // Node is a running control-plane node.
 type Node struct {
@@ -63,6 +63,7 @@ type Node struct {
 
 	grpcServer, meshServer *grpc.Server
 	apiServer, pkiServer   *http.Server
+	debugServer            *http.Server // nil: off
 	addresses              Addresses
 	profile                string
 
@@ -163,7 +164,7 @@ func (n *Node) Stop(ctx context.Context) error {
 				stopGRPC(ctx, s)
 			}
 		}
-		for _, s := range []*http.Server{n.apiServer, n.pkiServer} {
+		for _, s := range []*http.Server{n.apiServer, n.pkiServer, n.debugServer} {
 			if s == nil {
 				continue
 			}
@@ -249,10 +250,10 @@ func (n *Node) keyring() (*secret.Keyring, error) {
 }
 
 // listeners are bound before anything is made, so that a port in use costs nothing.
-type listeners struct{ api, grpc, mesh, pki net.Listener }
+type listeners struct{ api, grpc, mesh, pki, debug net.Listener }
 
 func (l *listeners) close() {
-	for _, x := range []net.Listener{l.api, l.grpc, l.mesh, l.pki} {
+	for _, x := range []net.Listener{l.api, l.grpc, l.mesh, l.pki, l.debug} {
 		if x != nil {
 			_ = x.Close() // it has served nothing
 		}
@@ -270,7 +271,11 @@ func (n *Node) listen() (*listeners, error) {
 		{"listen.grpc", n.cfg.Listen.GRPC, &l.grpc, &n.addresses.GRPC},
 		{"listen.mesh", n.cfg.Listen.Mesh, &l.mesh, &n.addresses.Mesh},
 		{"listen.pki", n.cfg.Listen.PKI, &l.pki, &n.addresses.PKI},
+		{"listen.debug", n.cfg.Listen.Debug, &l.debug, &n.addresses.Debug},
 	} {
+		if b.addr == "" {
+			continue // only listen.debug may be
+		}
 		x, err := net.Listen("tcp", b.addr)
 		if err != nil {
 			l.close()

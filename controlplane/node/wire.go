@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"slices"
 	"time"
 
@@ -131,10 +132,25 @@ func (n *Node) serve(l *listeners, metrics prometheus.Gatherer) {
 	n.apiServer.TLSConfig = n.trust.server("h2", "http/1.1")
 	n.pkiServer = httpServer(n.parts.crls.Handler(), n.log)
 
+	if l.debug != nil {
+		n.debugServer = httpServer(profiles(), n.log)
+		n.debugServer.WriteTimeout = 3 * time.Minute // a CPU profile is as long as it is asked for
+		n.run("listen.debug", func() error { return n.debugServer.Serve(l.debug) })
+	}
+
 	n.run("listen.grpc", func() error { return n.grpcServer.Serve(l.grpc) })
 	n.run("listen.mesh", func() error { return n.meshServer.Serve(l.mesh) })
 	n.run("listen.api", func() error { return n.apiServer.ServeTLS(l.api, "", "") })
 	n.run("listen.pki", func() error { return n.pkiServer.Serve(l.pki) })
+}
+
+// profiles are Go's own, on a listener that is off unless it is asked for.
+func profiles() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	return mux
 }
 
 // httpServer bounds what a slow or hostile client can hold.

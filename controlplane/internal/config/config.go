@@ -46,10 +46,11 @@ type Node struct {
 
 // Listen are the listeners of section Processes and ports in docs/architecture.md.
 type Listen struct {
-	API  string `yaml:"api" env:"CERTMESH_LISTEN_API" default:":8443" doc:"host:port for /health, /ready and /metrics over TLS."`
-	GRPC string `yaml:"grpc" env:"CERTMESH_LISTEN_GRPC" default:":8442" doc:"host:port for operators over gRPC."`
-	Mesh string `yaml:"mesh" env:"CERTMESH_LISTEN_MESH" default:":8444" doc:"host:port for agents."`
-	PKI  string `yaml:"pki" env:"CERTMESH_LISTEN_PKI" default:":8080" doc:"host:port for CRLs and CA certificates, plain HTTP as RFC 5280 section 8 advises."`
+	API   string `yaml:"api" env:"CERTMESH_LISTEN_API" default:":8443" doc:"host:port for /health, /ready and /metrics over TLS."`
+	GRPC  string `yaml:"grpc" env:"CERTMESH_LISTEN_GRPC" default:":8442" doc:"host:port for operators over gRPC."`
+	Mesh  string `yaml:"mesh" env:"CERTMESH_LISTEN_MESH" default:":8444" doc:"host:port for agents."`
+	PKI   string `yaml:"pki" env:"CERTMESH_LISTEN_PKI" default:":8080" doc:"host:port for CRLs and CA certificates, plain HTTP as RFC 5280 section 8 advises."`
+	Debug string `yaml:"debug" env:"CERTMESH_LISTEN_DEBUG" doc:"host:port of a loopback address for profiles (/debug/pprof), which anybody on this host may then read. Empty: off."`
 }
 
 // Store is where the truth lies.
@@ -225,6 +226,12 @@ func (c *Config) problems() []error {
 		"listen.mesh": c.Listen.Mesh, "listen.pki": c.Listen.PKI} {
 		if _, _, err := net.SplitHostPort(addr); err != nil {
 			bad(key, "%q is not host:port", addr)
+		}
+	}
+	if c.Listen.Debug != "" {
+		host, _, err := net.SplitHostPort(c.Listen.Debug)
+		if ip := net.ParseIP(host); err != nil || ip == nil || !ip.IsLoopback() {
+			bad("listen.debug", "%q is not a loopback address with a port, such as 127.0.0.1:6060; profiles show what a process works on", c.Listen.Debug)
 		}
 	}
 	if c.Node.ID != "" && strings.Trim(strings.ToLower(c.Node.ID), "abcdefghijklmnopqrstuvwxyz0123456789-.") != "" {
