@@ -101,6 +101,17 @@ type Policy struct {
 	Windows []Window `json:"windows,omitempty"`
 	// Disabled stops automatic renewal; renewals on request still work.
 	Disabled bool `json:"disabled,omitempty"`
+	// RequireApproval holds each issuance and renewal until an operator who did not ask for it has approved it.
+	RequireApproval bool `json:"require_approval,omitempty"`
+}
+
+// FirstState is the state in which an issuance or renewal under this policy is created. A failed try returns it to
+// JobKind.InitialState: what was approved once is not asked for again.
+func (p Policy) FirstState(k JobKind) JobState {
+	if p.RequireApproval && (k == JobIssuance || k == JobRenewal) {
+		return JobAwaitingApproval
+	}
+	return k.InitialState()
 }
 
 // Window is a weekly time span in UTC: from Start to End minutes after midnight on the given days (0 is Sunday); End

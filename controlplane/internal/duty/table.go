@@ -138,7 +138,7 @@ func (d Deps) jobRetry(ctx context.Context, f domain.Fence, now time.Time) (time
 		for _, p := range due {
 			jobs = append(jobs, domain.NewJob{Kind: domain.JobDeployment, CertificateID: p.Placement.CertificateID,
 				AgentID: p.Placement.AgentID, TargetID: p.Placement.TargetID,
-				Reason: fmt.Sprintf("generation %d is wanted, %d is held", p.Wanted, p.Placement.InstalledGeneration)})
+				Reason: placementReason(p)})
 		}
 		if err := d.create(ctx, f, jobs, d.op(JobRetry, now), d.Store.CreateDeployments); err != nil {
 			return time.Time{}, fmt.Errorf("create deployment jobs: %w", err)
@@ -247,4 +247,11 @@ func (d Deps) retention(ctx context.Context, f domain.Fence, now time.Time) (tim
 			return time.Time{}, nil
 		}
 	}
+}
+
+func placementReason(p domain.DuePlacement) string {
+	if p.Placement.InstalledGeneration >= p.Wanted {
+		return fmt.Sprintf("the last deployment of generation %d failed", p.Wanted)
+	}
+	return fmt.Sprintf("generation %d is wanted, %d is held", p.Wanted, p.Placement.InstalledGeneration)
 }

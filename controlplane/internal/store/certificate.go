@@ -262,6 +262,7 @@ SELECT `+v.arg(c.ID)+`, v.kind, v.value FROM v WHERE v.kind IS NOT NULL`, v.args
 	jobs := make([]domain.Job, len(agents))
 	for i, a := range agents {
 		jobs[i] = newJob(jobIDs[i], domain.JobIssuance, c.ID, a, "", 1, "ordered", n.Op.RequestID, n.Op.At)
+		jobs[i].State = c.Policy.FirstState(domain.JobIssuance)
 	}
 	if err := t.createAll(jobs, n.Op); err != nil {
 		return fail(err)
@@ -597,29 +598,33 @@ func (s *Store) CancelJob(ctx context.Context, jobID string, op domain.Op) (doma
 		if !j.State.Open() {
 			return fault.New(fault.Conflict, "job %s is %s; only a job that is not finished can be cancelled", j.ID, j.State)
 		}
-		done := cancelled(j, "cancelled by "+op.Actor, op)
-		kept, err := t.saveJobs([]change{{j, done}})
-		if err != nil {
+		if job, err = t.cancelOne(j, "cancelled by "+op.Actor, op); err != nil {
 			return err
 		}
-		if !kept[j.ID] {
-			return errMoved
-		}
-		rest := t.restPlacements
-		if forLeaf(j.Kind) {
-			rest = t.restLeaves
-		}
-		if err := rest([]domain.Job{done}); err != nil {
-			return err
-		}
-		if err := t.restatus(leafCertificates([]domain.Job{done}), op.At); err != nil {
-			return err
-		}
-		job = done
 		return t.auditOp(op, "job.cancelled", "job/"+j.ID, map[string]string{"certificate": j.CertificateID, "before": string(j.State),
 			"attempt": fmt.Sprint(j.Attempt)})
 	})
 	return job, err
+}
+
+// cancelOne cancels an open job and lets rest what it was for.
+func (t *tx) cancelOne(j domain.Job, why string, op domain.Op) (domain.Job, error) {
+	done := cancelled(j, why, op)
+	kept, err := t.saveJobs([]change{{j, done}})
+	if err != nil {
+		return j, err
+	}
+	if !kept[j.ID] {
+		return j, errMoved
+	}
+	rest := t.restPlacements
+	if forLeaf(j.Kind) {
+		rest = t.restLeaves
+	}
+	if err := rest([]domain.Job{done}); err != nil {
+		return j, err
+	}
+	return done, t.restatus(leafCertificates([]domain.Job{done}), op.At)
 }
 
 func (t *tx) job(jobID string) (domain.Job, error) {

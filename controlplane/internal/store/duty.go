@@ -47,8 +47,7 @@ func (t *tx) fence(f domain.Fence) error {
 }
 
 // ReapJobs fails for good jobs that stand still: a key or an approval that does not come, an accepted assignment that does
-// not end. Except for approvals the time counts only while the agent is connected: from the job's last change or the
-// beginning of the session, whichever is later. A zero limit reaps nothing. At most limit jobs a call.
+// not end. Except for approvals the time counts only while the agent is connected. A zero limit reaps nothing. At most limit jobs a call.
 func (s *Store) ReapJobs(ctx context.Context, f domain.Fence, limits domain.ReapLimits, now time.Time, limit int) ([]domain.Job, error) {
 	var reaped []domain.Job
 	err := s.settled(ctx, "job.reap", func(t *tx) error {
@@ -79,7 +78,7 @@ func (s *Store) ReapJobs(ctx context.Context, f domain.Fence, limits domain.Reap
 			if c.after <= 0 || len(reaped) >= limit {
 				continue
 			}
-			still, err := t.still(c.state, now.Add(-c.after), limit-len(reaped))
+			still, err := t.still(c.state, now, c.after, limit-len(reaped))
 			if err != nil {
 				return err
 			}
@@ -99,15 +98,18 @@ func (s *Store) ReapJobs(ctx context.Context, f domain.Fence, limits domain.Reap
 	return reaped, nil
 }
 
-// still reads jobs that have been in a state since before a time, by the clock that stands while their agent is away.
-func (t *tx) still(state domain.JobState, since time.Time, limit int) ([]domain.Job, error) {
+// still reads jobs that have been in a state for longer than after, by the clock that stands while their agent is away:
+// updated_at + away is when it would have begun had the agent been there ever since. It has run until now, or until the
+// agent was last heard: one whose node died counts as connected until somebody notices.
+func (t *tx) still(state domain.JobState, now time.Time, after time.Duration, limit int) ([]domain.Job, error) {
+	since := micro(now.Add(-after))
 	query := "SELECT " + jobColumns + ` FROM job JOIN agent_session ON agent_session.agent_id = job.agent_id JOIN agent ON agent.id = job.agent_id
-WHERE job.state = $1 AND job.updated_at < $2 AND job.run_at < $2 AND agent_session.opened_at < $2 AND agent_session.holder <> ''
- AND agent.state IN ($4, $5) ORDER BY job.id LIMIT $3`
-	args := []any{string(state), micro(since), limit, string(domain.AgentOnline), string(domain.AgentStale)}
+WHERE job.state = $1 AND job.updated_at + job.away < $2 AND job.run_at < $2 AND job.updated_at + job.away < agent.last_seen + $3
+ AND agent_session.holder <> '' AND agent.state IN ($5, $6) ORDER BY job.id LIMIT $4`
+	args := []any{string(state), since, (beatGrace - after).Microseconds(), limit, string(domain.AgentOnline), string(domain.AgentStale)}
 	if state == domain.JobAwaitingApproval {
 		query = "SELECT " + jobColumns + " FROM job WHERE job.state = $1 AND job.updated_at < $2 ORDER BY job.id LIMIT $3"
-		args = args[:3]
+		args = []any{string(state), since, limit}
 	}
 	var jobs []domain.Job
 	err := t.each(query, args, func(scan func(...any) error) error {

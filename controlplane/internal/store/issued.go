@@ -309,6 +309,10 @@ func (t *tx) deployIssued(items []domain.Issued, good, before []int, outs []doma
 				reason := "generation " + strconv.FormatInt(v.Generation, 10) + " was issued"
 				j := newJob((*drawn)[len(jobs)], domain.JobDeployment, v.CertificateID, v.AgentID, at.target.ID, v.Generation, reason, it.RequestID, it.At)
 				jobs = append(jobs, j)
+				err := t.auditOp(domain.Op{Actor: "node:" + t.s.cfg.NodeID, RequestID: it.RequestID, At: it.At}, "job.created", "job/"+j.ID, createdDetail(j))
+				if err != nil {
+					return err
+				}
 				outs[i].Deployments = append(outs[i].Deployments, domain.Work{Job: j, Version: v, Target: at.target})
 			}
 		}

@@ -136,7 +136,7 @@ func (t *tx) saveJobs(changes []change) (kept map[string]bool, err error) {
 		}
 		return t.each(v.with()+`
 UPDATE job SET state = v.state, generation = v.g, attempt = v.attempt, tries = v.tries, run_at = v.run_at, accepted_at = v.accepted,
- error_class = v.class, error = v.error, updated_at = v.at, finished_at = v.finished, open_key = v.open
+ error_class = v.class, error = v.error, updated_at = v.at, away = 0, finished_at = v.finished, open_key = v.open
 FROM v WHERE job.id = v.k AND job.attempt = v.n AND job.state = v.was RETURNING id`, v.args, func(scan func(...any) error) error {
 			var id string
 			err := scan(&id)
@@ -324,6 +324,9 @@ ON version.certificate_id = v.c AND version.agent_id = v.a AND version.generatio
 // It runs at READ COMMITTED, because the row locks of its two updates are all it needs: the session's row is locked and
 // its epoch compared by one statement, and stays locked until the commit, so nobody takes the session over in between;
 // the job's row is compared and set by the other.
+//
+// To send again what was never accepted is no progress: away then keeps updated_at + away where it was, so that the
+// reaper's clock (see still) runs on.
 func (s *Store) Dispatch(ctx context.Context, items []domain.Dispatch) []error {
 	return s.batches.dispatch.do(ctx, items)
 }
@@ -372,6 +375,7 @@ WHERE agent_session.agent_id = v.a AND agent_session.epoch = v.e AND agent_sessi
 		text := v.with()
 		err = t.each(text+`
 UPDATE job SET attempt = job.attempt + 1, accepted_at = 0, updated_at = v.at,
+ away = CASE WHEN job.attempt > 0 AND job.accepted_at = 0 THEN job.away + job.updated_at - v.at ELSE 0 END,
  state = CASE WHEN job.kind = `+v.arg(string(domain.JobIssuance))+` OR job.kind = `+v.arg(string(domain.JobRenewal))+`
  THEN `+v.arg(string(domain.JobAwaitingCSR))+` ELSE `+v.arg(string(domain.JobPending))+` END
 FROM v WHERE job.id = v.k AND job.attempt = v.n AND job.agent_id = v.a AND job.state IN `+v.dispatchable()+` RETURNING id`, v.args,
@@ -451,7 +455,7 @@ func (s *Store) acceptAll(ctx context.Context, items []domain.Acceptance) ([]err
 		done := map[string]bool{}
 		text := v.with()
 		err := t.each(text+`
-UPDATE job SET tries = job.tries + 1, accepted_at = v.at, updated_at = v.at,
+UPDATE job SET tries = job.tries + 1, accepted_at = v.at, updated_at = v.at, away = 0,
  state = CASE WHEN job.kind = `+v.arg(string(domain.JobIssuance))+` OR job.kind = `+v.arg(string(domain.JobRenewal))+`
  THEN job.state ELSE `+v.arg(string(domain.JobRunning))+` END
 FROM v WHERE job.id = v.k AND job.attempt = v.n AND job.agent_id = v.a AND v.n > 0 AND job.accepted_at = 0 AND job.state IN `+v.dispatchable()+`

@@ -240,6 +240,7 @@ func (t *tx) openLeafJobs(items []domain.NewJob, ids []string, op domain.Op) ([]
 			kind = domain.JobIssuance
 		}
 		j := newJob(ids[i], kind, n.CertificateID, n.AgentID, "", st.leaf.Generation+1, n.Reason, op.RequestID, op.At)
+		j.State = st.policy.FirstState(kind)
 		open[names[i]] = j
 		outs[i] = domain.NewJobOutcome{Job: j, Created: true}
 		jobs, certs = append(jobs, j), append(certs, j.CertificateID)
@@ -276,11 +277,15 @@ func (t *tx) createAll(jobs []domain.Job, op domain.Op) error {
 		return errMoved
 	}
 	for _, j := range jobs {
-		err := t.auditOp(op, "job.created", "job/"+j.ID, map[string]string{"kind": string(j.Kind), "certificate": j.CertificateID,
-			"agent": j.AgentID, "target": j.TargetID, "generation": strconv.FormatInt(j.Generation, 10), "reason": j.Reason})
-		if err != nil {
+		if err := t.auditOp(op, "job.created", "job/"+j.ID, createdDetail(j)); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// createdDetail is what the trail says of a new job.
+func createdDetail(j domain.Job) map[string]string {
+	return map[string]string{"kind": string(j.Kind), "certificate": j.CertificateID, "agent": j.AgentID, "target": j.TargetID,
+		"generation": strconv.FormatInt(j.Generation, 10), "reason": j.Reason}
 }

@@ -124,8 +124,14 @@ func (s *Store) apply(ctx context.Context, st step) error {
 // applied reads what was done, and makes the table for it at the first call.
 func (s *Store) applied(ctx context.Context) (map[int64]time.Time, error) {
 	done := map[int64]time.Time{}
+	missing := false
 	list := func(t *tx) error {
 		clear(done)
+		// Asked first, because to read a table that is not there counts as a failure, and every first start would have one.
+		there, err := t.count(t.s.d.hasMigrationTable())
+		if missing = there == 0; err != nil || missing {
+			return err
+		}
 		return t.each("SELECT version, applied_at FROM schema_migration", nil, func(scan func(...any) error) error {
 			var v, at int64
 			if err := scan(&v, &at); err != nil {
@@ -135,21 +141,35 @@ func (s *Store) applied(ctx context.Context) (map[int64]time.Time, error) {
 			return nil
 		})
 	}
-	var err error
+	var failed error
 	// Two nodes that create the table at once: on PostgreSQL one of them fails although it said IF NOT EXISTS.
 	for range 3 {
-		if err = s.read(ctx, "migrate.list", list); err == nil {
+		if failed = s.read(ctx, "migrate.list", list); failed == nil && !missing {
 			return done, nil
 		}
-		err = s.settled(ctx, "migrate.table", func(t *tx) error {
+		err := s.settled(ctx, "migrate.table", func(t *tx) error {
 			_, err := t.exec(createMigrationTable)
 			return err
 		})
-		if err != nil && fault.Is(err, fault.Retryable) {
-			return nil, err
+		if err != nil {
+			failed = err
+		}
+		if fault.Is(err, fault.Retryable) {
+			break
 		}
 	}
-	return nil, err
+	if failed == nil {
+		failed = errors.New("store: the table of schema steps was made and is missing")
+	}
+	return nil, failed
+}
+
+// hasMigrationTable counts it, where an unqualified name finds it.
+func (d *dialect) hasMigrationTable() string {
+	if d.name == nameSQLite {
+		return "SELECT COUNT(*) FROM sqlite_master WHERE type = 'table' AND name = 'schema_migration'"
+	}
+	return "SELECT CASE WHEN to_regclass('schema_migration') IS NULL THEN 0 ELSE 1 END"
 }
 
 // MigrationStatus lists the known steps, applied or not.

@@ -73,7 +73,7 @@ func (t *tx) restPlacements(ended []domain.Job) error {
 		}
 		until := domain.Micro(j.FinishedAt.Add(domain.FailureBackoff(max(p.Failures, 1))))
 		var due any
-		if !s.revoked && p.InstalledGeneration < s.wanted {
+		if !s.revoked && (p.InstalledGeneration < s.wanted || p.State == domain.PlacementFailed) {
 			due = micro(until)
 		}
 		v.add(j.CertificateID, j.TargetID, string(p.State), p.Failures, micro(until), due, j.Error, micro(j.FinishedAt))
@@ -160,7 +160,7 @@ func (s *Store) CreateDeployments(ctx context.Context, f domain.Fence, items []d
 				outs[i].Err = fault.New(fault.Conflict, "nothing is issued yet for certificate %s at target %s", n.CertificateID, n.TargetID)
 				due[keys[i]] = time.Time{}
 				continue
-			case st.revoked || st.placement.InstalledGeneration >= st.wanted:
+			case st.revoked || st.placement.InstalledGeneration >= st.wanted && st.placement.State != domain.PlacementFailed:
 				outs[i].Err = fault.New(fault.Conflict, "target %s needs no deployment of certificate %s", n.TargetID, n.CertificateID)
 				due[keys[i]] = time.Time{}
 				continue

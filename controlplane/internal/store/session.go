@@ -44,6 +44,7 @@ func (s *Store) openAll(ctx context.Context, items []domain.SessionOpen) ([]doma
 		}
 		outs = make([]domain.SessionOpened, len(items))
 		sessions := t.values("a text, node text, boot text, at int")
+		absent := t.values("a text, since int, at int")
 		facts := t.values("k text, labels text, facts text, capabilities text, protocol int, at int")
 		used := t.values("k text, at int")
 		at := map[string]int{}
@@ -53,6 +54,9 @@ func (s *Store) openAll(ctx context.Context, items []domain.SessionOpen) ([]doma
 				continue
 			}
 			at[h.AgentID] = i
+			if since := awaySince(have.agent); since.Before(h.At) {
+				absent.add(h.AgentID, micro(since), micro(h.At))
+			}
 			sessions.add(h.AgentID, h.Node, h.BootID, micro(h.At))
 			a := have.agent
 			if a.Labels == nil {
@@ -92,6 +96,9 @@ RETURNING agent_id, epoch`, sessions.args, func(scan func(...any) error) error {
 		if err != nil {
 			return err
 		}
+		if err := t.absence(absent); err != nil {
+			return err
+		}
 		text := facts.with()
 		if _, err := t.exec(text+`
 UPDATE agent SET state = `+facts.arg(string(domain.AgentOnline))+`, labels = v.labels, facts = v.facts, capabilities = v.capabilities,
@@ -107,6 +114,36 @@ UPDATE agent_identity SET first_used_at = v.at FROM v WHERE agent_identity.seria
 		return err
 	})
 	return outs, err
+}
+
+// beatGrace is how long ago an agent may have been heard for the last time, as the rows say, while it is connected: beats
+// are written in batches.
+const beatGrace = 2 * time.Minute
+
+// awaySince is when an agent that says Hello went away, as far as the rows know, rather too late than too early: time in
+// which it was connected must not count as absence, or the jobs of one that reconnects often would never be given up.
+// When its stream ended is exact; of a node that died only the last beats are known.
+func awaySince(a domain.Agent) time.Time {
+	if a.LastSeen.IsZero() {
+		return a.OfflineSince // it has joined and was never connected
+	}
+	since := a.LastSeen.Add(beatGrace)
+	if !a.OfflineSince.IsZero() && a.OfflineSince.Before(since) {
+		since = a.OfflineSince
+	}
+	return since
+}
+
+// absence adds the time for which the agents were away to their open jobs, whose clock stood still meanwhile (see still).
+// A job that was made or moved in that time was not waiting before.
+func (t *tx) absence(v *valueList) error {
+	if v.rows == 0 {
+		return nil
+	}
+	_, err := t.exec(v.with()+`
+UPDATE job SET away = job.away + v.at - CASE WHEN job.updated_at > v.since THEN job.updated_at ELSE v.since END
+FROM v WHERE job.agent_id = v.a AND job.finished_at IS NULL AND job.updated_at < v.at`, v.args...)
+	return err
 }
 
 // maxAgentLabels bounds the labels of an agent, far above what tokens and Hellos carry at once.

@@ -66,6 +66,59 @@ func scanToken(scan scanner) (domain.JoinToken, error) {
 	return k, fromJSON(labels, &k.Labels)
 }
 
+// JoinTokens lists the tokens that are kept, the newest first. Hashes are left out.
+func (s *Store) JoinTokens(ctx context.Context, p domain.PageRequest) ([]domain.JoinToken, string, error) {
+	size, after, err := pageAfter(p, id.Token+"_")
+	if err != nil {
+		return nil, "", err
+	}
+	var all []domain.JoinToken
+	err = s.read(ctx, "token.list", func(t *tx) error {
+		var err error
+		all, err = readPage(t, pageQuery{from: "SELECT " + joinColumns + " FROM join_token", where: &where{}, key: "join_token.id", newest: true},
+			size, after, scanToken)
+		return err
+	})
+	if err != nil {
+		return nil, "", err
+	}
+	all, next := nextCursor(all, size, func(k domain.JoinToken) string { return k.ID })
+	for i := range all {
+		all[i].Hash = nil
+	}
+	return all, next, nil
+}
+
+// RevokeJoinToken ends a token for good; agents that joined with it stay. Once more it changes nothing and answers the
+// same. NotFound: it never was, or it expired so long ago that it is not kept any more.
+func (s *Store) RevokeJoinToken(ctx context.Context, tokenID string, op domain.Op) (domain.JoinToken, error) {
+	missing := fault.New(fault.NotFound, "there is no join token %q; agents token list shows them", tokenID)
+	if !storable(tokenID) {
+		return domain.JoinToken{}, missing
+	}
+	var token domain.JoinToken
+	err := s.settled(ctx, "token.revoke", func(t *tx) error {
+		k, err := one(t, missing, "SELECT "+joinColumns+" FROM join_token WHERE join_token.id = $1", []any{tokenID}, scanToken)
+		if err != nil {
+			return err
+		}
+		k.Hash = nil
+		if token = k; !k.RevokedAt.IsZero() {
+			return nil
+		}
+		token.RevokedAt = domain.Micro(op.At)
+		n, err := t.exec("UPDATE join_token SET revoked_at = $1 WHERE id = $2 AND revoked_at = 0", micro(op.At), k.ID)
+		if err != nil {
+			return err
+		}
+		if n != 1 {
+			return errMoved
+		}
+		return t.auditOp(op, "token.revoked", "token/"+k.ID, map[string]string{"uses": fmt.Sprint(k.Uses)})
+	})
+	return token, err
+}
+
 var errTokenUnknown = fault.New(fault.Unauthorized, "the join token is not known here; make one with certmesh agents token create")
 
 // token reads a token and judges all but its uses. Who does not know the secret learns nothing about the token.

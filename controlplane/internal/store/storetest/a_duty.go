@@ -137,6 +137,7 @@ func reaping(t *testing.T, w *World) {
 	}
 	session := w.Open(t, a.ID, "n1")
 	w.Pass(23 * time.Hour)
+	w.Beat(t, a.ID)
 	if list := reap(); len(list) != 0 {
 		t.Fatalf("too early: %+v", list)
 	}
@@ -146,7 +147,13 @@ func reaping(t *testing.T, w *World) {
 		t.Fatalf("the agent is away: %+v", list)
 	}
 	session = w.Open(t, a.ID, "n1")
-	w.Pass(25 * time.Hour)
+	w.Pass(59 * time.Minute)
+	w.Beat(t, a.ID)
+	if list := reap(); len(list) != 0 {
+		t.Fatalf("a moment too early: %+v", list)
+	}
+	w.Pass(2 * time.Minute)
+	w.Beat(t, a.ID)
 	list := reap()
 	if len(list) != 1 || list[0].ID != jobs[0].ID || list[0].State != domain.JobFailed || list[0] != w.Job(t, jobs[0].ID) {
 		t.Fatalf("%+v", list)
@@ -163,6 +170,7 @@ func reaping(t *testing.T, w *World) {
 	d := w.Issue(t, outs[0].Job, session.Epoch, "key")[0]
 	attempt := w.Dispatch(t, d.Job, session.Epoch)
 	w.Pass(2 * time.Hour)
+	w.Beat(t, a.ID)
 	if list := reap(); len(list) != 1 || list[0].ID != d.Job.ID {
 		t.Fatalf("%+v", list)
 	}

@@ -142,6 +142,12 @@ func (w *World) Open(t testing.TB, agentID, node string) domain.SessionOpened {
 	return out
 }
 
+// Beat is the agent's, written.
+func (w *World) Beat(t testing.TB, agentID string) {
+	t.Helper()
+	must(t, w.S.FlushSeen(t.Context(), []domain.Seen{{AgentID: agentID, At: w.Now()}}))
+}
+
 // Dispatch gives a job to its agent and lets it accept; it returns the attempt.
 func (w *World) Dispatch(t testing.TB, j domain.Job, epoch domain.Epoch) int64 {
 	t.Helper()
