@@ -247,11 +247,16 @@ type PageRequest struct {
 // MaxPageSize is the greatest page; a greater size is an error, never cut silently.
 const MaxPageSize = 1000
 
-// CertificateFilter selects certificates; empty fields select all.
+// CertificateFilter selects certificates; empty fields select all. Not every combination can be listed: see Listing.
 type CertificateFilter struct {
 	Status                     CertificateStatus
 	IssuerID, ProfileID        string
 	AgentID, Owner, NamePrefix string
+	// What is issued and expires before the one time and not before the other; zero times do not bound.
+	ExpiresBefore, ExpiresAfter time.Time
+	// Sort is an Order, with "-" before it the other way round. Empty: by name with NamePrefix, by expiry with a bound of it,
+	// else by creation.
+	Sort string
 }
 
 // JobFilter selects jobs.

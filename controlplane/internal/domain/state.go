@@ -55,6 +55,9 @@ const (
 // OpenJobStates lists the states of jobs that are still to be finished.
 var OpenJobStates = []JobState{JobPending, JobAwaitingCSR, JobAwaitingApproval, JobRunning}
 
+// FinishedJobStates lists the others.
+var FinishedJobStates = []JobState{JobCompleted, JobFailed, JobCancelled}
+
 // Open reports whether a job in state s is still to be finished.
 func (s JobState) Open() bool { return slices.Contains(OpenJobStates, s) }
 

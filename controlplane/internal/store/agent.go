@@ -39,11 +39,9 @@ func (s *Store) Agents(ctx context.Context, state domain.AgentState, p domain.Pa
 	}
 	var all []domain.Agent
 	err = s.read(ctx, "agent.list", func(t *tx) error {
-		w := &where{}
-		w.equal("agent.state", string(state))
 		var err error
-		all, err = readPage(t, pageQuery{from: "SELECT " + agentColumns + " FROM agent", where: w, key: "agent.id"},
-			size, after, scanAgent)
+		all, err = readPage(t, pageQuery{columns: agentColumns, from: "agent", lead: pins("agent.state", string(state)), key: "agent.id"},
+			size, position(after), scanAgent)
 		return err
 	})
 	if err != nil {

@@ -33,11 +33,9 @@ func (s *Store) AuditEvents(ctx context.Context, resource string, p domain.PageR
 	}
 	var all []domain.AuditEvent
 	err = s.read(ctx, "audit.list", func(t *tx) error {
-		w := &where{}
-		w.equal("audit.resource", resource)
 		var err error
-		all, err = readPage(t, pageQuery{from: "SELECT " + auditColumns + " FROM audit", where: w, key: "audit.id", newest: true},
-			size, after, scanAudit)
+		all, err = readPage(t, pageQuery{columns: auditColumns, from: "audit", lead: pins("audit.resource", resource), key: "audit.id", newest: true},
+			size, position(after), scanAudit)
 		return err
 	})
 	if err != nil {

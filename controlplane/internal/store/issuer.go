@@ -83,8 +83,8 @@ func (s *Store) Issuers(ctx context.Context, p domain.PageRequest) ([]domain.Iss
 	var all []domain.Issuer
 	err = s.read(ctx, "issuer.list", func(t *tx) error {
 		var err error
-		all, err = readPage(t, pageQuery{from: "SELECT " + issuerColumns + " FROM issuer", where: &where{}, key: "issuer.id"},
-			size, after, scanIssuer)
+		all, err = readPage(t, pageQuery{columns: issuerColumns, from: "issuer", key: "issuer.id"},
+			size, position(after), scanIssuer)
 		return err
 	})
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -47,27 +48,178 @@ func (w *where) text() string {
 	return " WHERE " + strings.Join(w.terms, " AND ")
 }
 
-// pageQuery is a list without its page.
+// pageQuery is a list without its page: the rows of one stretch of an index, in its order.
+//
+// The columns that the index begins with are compared as a range, (a, b) >= (x, y) AND (a, b) <= (x, y), and ordered by,
+// although equality says the same: only then is that index the only way to the order. A planner that knows a column to be
+// constant may as well walk the primary key until enough rows have the value, and where those with it lie at the other
+// end that is the whole table.
 type pageQuery struct {
-	// from is "SELECT … FROM …".
-	from  string
-	where *where
-	// key is the column that the list is ordered by, unique within it; newest orders it downwards.
+	// columns are what is selected of the table from.
+	columns, from string
+	where         *where
+	// lead are the columns that the index begins with.
+	lead []pin
+	// by is what orders the list before the key; empty: the key alone.
+	by string
+	// low, where not nil, is the least by (or key) and high the first beyond.
+	low, high any
+	// key is unique among the rows; newest orders downwards.
 	key    string
 	newest bool
+	// branches, if any, are stretches of which each is read for as much as the page may need, and the pages then merged.
+	branches []branch
 }
 
-// readPage reads one row more than size, by which nextCursor knows that there is a next page.
-func readPage[T any](t *tx, q pageQuery, size int, after string, scan func(scanner) (T, error)) ([]T, error) {
-	compare, order := " > ?", ""
-	if q.newest {
-		compare, order = " < ?", " DESC"
+// pin is a column and its value.
+type pin struct {
+	column string
+	value  any
+}
+
+// branch is one of several stretches: what it adds to the query.
+type branch struct {
+	// from, unless empty, stands for that of the query; term, unless empty, is a further condition.
+	from, term string
+	args       []any
+	lead       []pin
+	// few: the stretch is short and read whole, in no order.
+	few bool
+}
+
+// readPage reads one row more than size, by which nextCursor knows that there is a next page. after is the last row of the
+// page before: its key, with what orders the list before that.
+func readPage[T any](t *tx, q pageQuery, size int, after []any, scan func(scanner) (T, error)) ([]T, error) {
+	w := q.where
+	if w == nil {
+		w = &where{}
 	}
-	if after != "" {
-		q.where.and(q.key+compare, after)
+	if len(q.branches) > 0 {
+		return collect(t, q.merged(w, size, after), w.args, scan)
 	}
-	text := q.from + q.where.text() + " ORDER BY " + q.key + order
-	return collect(t, text+" LIMIT "+q.where.arg(size+1), q.where.args, scan)
+	q.stretch(w, after)
+	return collect(t, "SELECT "+q.columns+" FROM "+q.from+w.text()+q.order(true)+" LIMIT "+w.arg(size+1), w.args, scan)
+}
+
+// merged composes the keys of all branches, of which the first are taken, and reads the rows of those alone.
+func (q pageQuery) merged(w *where, size int, after []any) string {
+	table, _, _ := strings.Cut(q.key, ".")
+	sorted := q.by
+	if sorted == "" {
+		sorted = q.key
+	}
+	common := w.terms
+	var heads []string
+	for i, b := range q.branches {
+		part := q
+		part.lead = slices.Concat(q.lead, b.lead)
+		if b.from != "" {
+			part.from = b.from
+		}
+		w.terms = slices.Clone(common)
+		if b.term != "" {
+			w.and(b.term, b.args...)
+		}
+		part.stretch(w, after)
+		name := "h" + strconv.Itoa(i)
+		head := "SELECT " + name + ".k, " + name + ".s FROM (SELECT " + q.key + " AS k, " + sorted + " AS s FROM " + part.from + w.text()
+		if !b.few {
+			head += part.order(true) + " LIMIT " + w.arg(size+1)
+		}
+		heads = append(heads, head+") AS "+name)
+	}
+	down := direction(q.newest)
+	// CROSS keeps SQLite from beginning with the table; to the others it is an inner join.
+	return "SELECT " + q.columns + " FROM (SELECT heads.k FROM (" + strings.Join(heads, " UNION ALL ") + ") AS heads ORDER BY heads.s" +
+		down + ", heads.k" + down + " LIMIT " + w.arg(size+1) + ") AS page CROSS JOIN " + table + " WHERE " + q.key + " = page.k" + q.order(false)
+}
+
+// stretch adds the conditions that bound the index's columns.
+func (q pageQuery) stretch(w *where, after []any) {
+	var columns []string
+	var values []any
+	for _, p := range q.lead {
+		columns, values = append(columns, p.column), append(values, p.value)
+	}
+	ordered := []string{q.key}
+	if q.by != "" {
+		ordered = []string{q.by, q.key}
+	}
+	beside := func(more ...any) []any { return slices.Concat(values, more) }
+	low, high := []any(nil), []any(nil)
+	lower, upper := " >= ", " <= "
+	if len(columns) > 0 {
+		low, high = values, values
+	}
+	if q.low != nil {
+		low = beside(q.low)
+	}
+	if q.high != nil {
+		high, upper = beside(q.high), " < "
+	}
+	switch {
+	case after == nil:
+	case q.newest:
+		high, upper = beside(after...), " < "
+	default:
+		low, lower = beside(after...), " > "
+	}
+	columns = append(columns, ordered...)
+	w.tuple(columns, lower, low)
+	w.tuple(columns, upper, high)
+}
+
+// tuple compares the first of columns with values; none adds nothing.
+func (w *where) tuple(columns []string, compare string, values []any) {
+	marks := make([]string, len(values))
+	for i, v := range values {
+		marks[i] = w.arg(v)
+	}
+	switch columns = columns[:len(values)]; len(columns) {
+	case 0:
+	case 1:
+		w.terms = append(w.terms, columns[0]+compare+marks[0])
+	default:
+		w.terms = append(w.terms, "("+strings.Join(columns, ", ")+")"+compare+"("+strings.Join(marks, ", ")+")")
+	}
+}
+
+// order is the ORDER BY, with the columns that the index begins with or, for rows that are found already, without.
+func (q pageQuery) order(lead bool) string {
+	var columns []string
+	if lead {
+		for _, p := range q.lead {
+			columns = append(columns, p.column)
+		}
+	}
+	if q.by != "" {
+		columns = append(columns, q.by)
+	}
+	down := direction(q.newest)
+	return " ORDER BY " + strings.Join(append(columns, q.key), down+", ") + down
+}
+
+func direction(newest bool) string {
+	if newest {
+		return " DESC"
+	}
+	return ""
+}
+
+// position is the place after the row whose key is cursor; empty: the beginning.
+func position(cursor string) []any {
+	if cursor == "" {
+		return nil
+	}
+	return []any{cursor}
+}
+
+// pins is the one column that a list may be narrowed by; none when value is empty.
+func pins(column, value string) []pin {
+	if value == "" {
+		return nil
+	}
+	return []pin{{column, value}}
 }
 
 // collect reads all rows of a query.
@@ -109,6 +261,31 @@ func pageAfter(p domain.PageRequest, prefix string) (size int, after string, err
 
 func errCursor() error {
 	return fault.InvalidField("page.cursor", "is not a cursor of an earlier answer; begin again without one")
+}
+
+// listCursor is checkPage for the lists of which there are several forms. Their cursors say which they are of: position
+// is the rest, in as many parts as were put in.
+func listCursor(p domain.PageRequest, list string, of domain.Sorted, parts int) (size int, position []string, err error) {
+	size, after, err := checkPage(p)
+	if err != nil || after == "" {
+		return size, nil, err
+	}
+	const head = 3
+	all := strings.SplitN(after, "/", head+parts)
+	switch {
+	case !storable(after) || len(all) < head+1:
+		return 0, nil, errCursor()
+	case all[0] != list || all[1] != of.By() || all[2] != of.Sort():
+		return 0, nil, fault.InvalidField("page.cursor", "is of another list than this one, %s of %ss by %s; begin again without a cursor", of.By(), list, of.Sort())
+	case len(all) != head+parts:
+		return 0, nil, errCursor()
+	}
+	return size, all[head:], nil
+}
+
+// listPosition is what listCursor reads.
+func listPosition(list string, of domain.Sorted, position ...string) string {
+	return strings.Join(append([]string{list, of.By(), of.Sort()}, position...), "/")
 }
 
 // storable reports whether s can be text in every engine: PostgreSQL refuses NUL and broken UTF-8.

@@ -91,8 +91,8 @@ func (s *Store) Profiles(ctx context.Context, p domain.PageRequest) ([]domain.Pr
 	var all []domain.Profile
 	err = s.read(ctx, "profile.list", func(t *tx) error {
 		var err error
-		all, err = readPage(t, pageQuery{from: "SELECT " + profileColumns + " FROM profile", where: &where{}, key: "profile.id"},
-			size, after, scanProfile)
+		all, err = readPage(t, pageQuery{columns: profileColumns, from: "profile", key: "profile.id"},
+			size, position(after), scanProfile)
 		return err
 	})
 	if err != nil {

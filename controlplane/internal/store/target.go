@@ -62,10 +62,8 @@ func (s *Store) Targets(ctx context.Context, agentID string, p domain.PageReques
 		if err != nil {
 			return err
 		}
-		w := &where{}
-		w.equal("target.agent_id", agent)
-		all, err = readPage(t, pageQuery{from: "SELECT " + targetColumns + " FROM target", where: w, key: "target.id"},
-			size, after, scanTarget)
+		all, err = readPage(t, pageQuery{columns: targetColumns, from: "target", lead: pins("target.agent_id", agent), key: "target.id"},
+			size, position(after), scanTarget)
 		return err
 	})
 	if err != nil {

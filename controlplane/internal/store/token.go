@@ -75,8 +75,8 @@ func (s *Store) JoinTokens(ctx context.Context, p domain.PageRequest) ([]domain.
 	var all []domain.JoinToken
 	err = s.read(ctx, "token.list", func(t *tx) error {
 		var err error
-		all, err = readPage(t, pageQuery{from: "SELECT " + joinColumns + " FROM join_token", where: &where{}, key: "join_token.id", newest: true},
-			size, after, scanToken)
+		all, err = readPage(t, pageQuery{columns: joinColumns, from: "join_token", key: "join_token.id", newest: true},
+			size, position(after), scanToken)
 		return err
 	})
 	if err != nil {

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -36,18 +37,18 @@ WHERE placement.certificate_id = $1 ORDER BY placement.target_id`, []any{v.Certi
 	return view, err
 }
 
-// Certificates lists certificates by id, or by name where the filter has a NamePrefix, with how many of their placements
-// hold what is wanted, and the cursor of the next page. The fields of the filter that are set must all hold; issuer,
-// profile and agent are ids or names; a NamePrefix is taken literally.
+// Certificates lists certificates as the filter says (domain.CertificateListings are the ways), with how many of their
+// placements hold what is wanted, and the cursor of the next page. Issuer, profile and agent are ids or names; a
+// NamePrefix is taken literally.
 func (s *Store) Certificates(ctx context.Context, f domain.CertificateFilter, p domain.PageRequest) ([]domain.Certificate, map[string]domain.PlacementCounts, string, error) {
-	if err := checkTexts("filter.status", string(f.Status), "filter.owner", f.Owner, "filter.name_prefix", f.NamePrefix); err != nil {
+	if err := checkTexts("status", string(f.Status), "owner", f.Owner, "name_prefix", f.NamePrefix); err != nil {
 		return nil, nil, "", err
 	}
-	first := id.Certificate + "_"
-	if f.NamePrefix != "" {
-		first = f.NamePrefix
+	listing, err := f.Listing()
+	if err != nil {
+		return nil, nil, "", err
 	}
-	size, after, err := pageAfter(p, first)
+	size, after, err := certificateCursor(f, listing, p)
 	if err != nil {
 		return nil, nil, "", err
 	}
@@ -55,14 +56,22 @@ func (s *Store) Certificates(ctx context.Context, f domain.CertificateFilter, p 
 	var next string
 	var counts map[string]domain.PlacementCounts
 	err = s.read(ctx, "certificate.list", func(t *tx) error {
-		q, key, err := t.certificateQuery(f)
+		q, err := t.certificateQuery(f, listing)
 		if err != nil {
 			return err
 		}
 		if all, err = readPage(t, q, size, after, scanCertificate); err != nil {
 			return err
 		}
-		all, next = nextCursor(all, size, key)
+		all, next = nextCursor(all, size, func(c domain.Certificate) string {
+			switch listing.Order {
+			case domain.ByName:
+				return listPosition(certificateKind.table, listing, c.Name)
+			case domain.ByExpiry:
+				return listPosition(certificateKind.table, listing, strconv.FormatInt(micro(c.NotAfter), 10), c.ID)
+			}
+			return listPosition(certificateKind.table, listing, c.ID)
+		})
 		if err := t.sans(all); err != nil {
 			return err
 		}
@@ -75,56 +84,106 @@ func (s *Store) Certificates(ctx context.Context, f domain.CertificateFilter, p 
 	return all, counts, next, nil
 }
 
-func (t *tx) certificateQuery(f domain.CertificateFilter) (pageQuery, func(domain.Certificate) string, error) {
-	q := pageQuery{from: "SELECT " + certificateColumns + " FROM certificate", where: &where{}, key: "certificate.id"}
-	key := func(c domain.Certificate) string { return c.ID }
+// certificateCursor reads the cursor into the values of the columns that order the list.
+func certificateCursor(f domain.CertificateFilter, of domain.Sorted, p domain.PageRequest) (size int, after []any, err error) {
+	parts := 1
+	if of.Order == domain.ByExpiry {
+		parts = 2
+	}
+	size, at, err := listCursor(p, certificateKind.table, of, parts)
+	if err != nil || at == nil {
+		return size, nil, err
+	}
+	key := at[parts-1]
+	if of.Order == domain.ByName {
+		if !strings.HasPrefix(key, f.NamePrefix) {
+			return 0, nil, errCursor()
+		}
+		return size, []any{key}, nil
+	}
+	if !strings.HasPrefix(key, id.Certificate+"_") {
+		return 0, nil, errCursor()
+	}
+	if of.Order == domain.ByCreation {
+		return size, []any{key}, nil
+	}
+	expiry, err := strconv.ParseInt(at[0], 10, 64)
+	if err != nil {
+		return 0, nil, errCursor()
+	}
+	// A bound that moves while a client turns pages ("in the next 30 days") may have passed the cursor by.
+	if low, high := expiryRange(f); of.Descending && high != nil && expiry >= high.(int64) || !of.Descending && low != nil && expiry < low.(int64) {
+		return size, nil, nil
+	}
+	return size, []any{expiry, key}, nil
+}
+
+// expiryRange is the range of not_after, microseconds, the upper end not in it; nil is no end. What is not issued has 0.
+func expiryRange(f domain.CertificateFilter) (low, high any) {
+	if !f.ExpiresBefore.IsZero() {
+		low, high = int64(1), micro(f.ExpiresBefore)
+	}
+	if !f.ExpiresAfter.IsZero() {
+		low = max(1, micro(f.ExpiresAfter))
+	}
+	return low, high
+}
+
+func (t *tx) certificateQuery(f domain.CertificateFilter, of domain.Sorted) (pageQuery, error) {
+	q := pageQuery{columns: certificateColumns, from: "certificate", where: &where{}, key: "certificate.id", newest: of.Descending}
 	issuer, err := t.idOf(issuerKind, f.IssuerID)
 	if err != nil {
-		return q, nil, err
+		return q, err
 	}
 	profile, err := t.idOf(profileKind, f.ProfileID)
 	if err != nil {
-		return q, nil, err
+		return q, err
 	}
 	agent, err := t.idOf(agentKind, f.AgentID)
 	if err != nil {
-		return q, nil, err
+		return q, err
 	}
+	// In the order of the index's columns.
+	q.lead = slices.Concat(pins("certificate.issuer_id", issuer), pins("certificate.profile_id", profile), pins("leaf.agent_id", agent),
+		pins("certificate.owner", f.Owner), pins("certificate.status", string(f.Status)))
 	if agent != "" {
-		// Ordered by the leaf's column, the index of leaves by agent gives the page without a sort. CROSS keeps SQLite, which
-		// has no statistics, from beginning with every certificate of a status; to the others it is an inner join.
-		q.from = "SELECT " + certificateColumns + " FROM leaf CROSS JOIN certificate"
-		q.key = "leaf.certificate_id"
-		q.where.equal("leaf.agent_id", agent)
+		// CROSS keeps SQLite from beginning with the certificates; to the others it is an inner join.
+		q.from, q.key = "leaf CROSS JOIN certificate", "leaf.certificate_id"
 		q.where.and("certificate.id = leaf.certificate_id")
 	}
-	q.where.equal("certificate.status", string(f.Status))
-	q.where.equal("certificate.issuer_id", issuer)
-	q.where.equal("certificate.profile_id", profile)
-	q.where.equal("certificate.owner", f.Owner)
-	if f.NamePrefix != "" {
+	switch of.Order {
+	case domain.ByName:
 		q.key = "certificate.name"
-		key = func(c domain.Certificate) string { return c.Name }
-		err = t.namePrefix(q.where, f.NamePrefix)
+		if f.NamePrefix != "" {
+			err = t.namePrefix(&q, f.NamePrefix)
+		}
+	case domain.ByExpiry:
+		q.by = "certificate.not_after"
+		q.low, q.high = expiryRange(f)
 	}
-	return q, key, err
+	if of.Merged {
+		for _, status := range domain.CertificateStatuses {
+			q.branches = append(q.branches, branch{lead: pins("certificate.status", string(status))})
+		}
+	}
+	return q, err
 }
 
 // namePrefix compares ranges of names rather than LIKE: its wildcards need no care, SQLite's ignores case, and a range is
 // what an index can lead to. Only where the engine orders text by its bytes is the range all that begins with prefix; a
 // PostgreSQL database with a language's collation reads on from the prefix and compares.
-func (t *tx) namePrefix(w *where, prefix string) error {
+func (t *tx) namePrefix(q *pageQuery, prefix string) error {
 	ordered, err := t.count("SELECT CASE WHEN 'B' < 'a' AND 'a-c' < 'ab' THEN 1 ELSE 0 END")
 	if err != nil {
 		return err
 	}
-	w.and("certificate.name >= ?", prefix)
+	q.low = prefix
 	end := prefixEnd(prefix)
 	switch {
 	case ordered == 0:
-		w.and("substr(certificate.name, 1, "+strconv.Itoa(utf8.RuneCountInString(prefix))+") = ?", prefix)
+		q.where.and("substr(certificate.name, 1, "+strconv.Itoa(utf8.RuneCountInString(prefix))+") = ?", prefix)
 	case end != "":
-		w.and("certificate.name < ?", end)
+		q.high = end
 	}
 	return nil
 }
@@ -211,39 +270,29 @@ func (s *Store) Versions(ctx context.Context, certificateID string, p domain.Pag
 	return all, next, nil
 }
 
-// Jobs lists jobs, the newest first, and the cursor of the next page. The fields of the filter that are set must all
-// hold; certificate and agent are ids or names.
+// Jobs lists jobs, the newest first, as the filter says (domain.JobListings are the ways), and the cursor of the next page.
+// Certificate and agent are ids or names.
 func (s *Store) Jobs(ctx context.Context, f domain.JobFilter, p domain.PageRequest) ([]domain.Job, string, error) {
-	size, after, err := pageAfter(p, id.Job+"_")
+	if err := checkTexts("state", string(f.State)); err != nil {
+		return nil, "", err
+	}
+	listing, err := f.Listing()
 	if err != nil {
 		return nil, "", err
 	}
-	if err := checkTexts("filter.state", string(f.State)); err != nil {
+	size, at, err := listCursor(p, jobKind.table, listing, 1)
+	if err != nil {
 		return nil, "", err
+	}
+	after := position(strings.Join(at, ""))
+	if at != nil && !strings.HasPrefix(at[0], id.Job+"_") {
+		return nil, "", errCursor()
 	}
 	var all []domain.Job
 	err = s.read(ctx, "job.list", func(t *tx) error {
-		certificate, err := t.idOf(certificateKind, f.CertificateID)
+		q, err := t.jobQuery(f)
 		if err != nil {
 			return err
-		}
-		agent, err := t.idOf(agentKind, f.AgentID)
-		if err != nil {
-			return err
-		}
-		q := pageQuery{from: "SELECT " + jobColumns + " FROM job", where: &where{}, key: "job.id", newest: true}
-		if agent != "" && certificate == "" && !f.Open {
-			// Only open jobs are indexed by their agent: the table is too hot for an index that people alone would use. The
-			// finished ones are found through the agent's certificates (CROSS: in this order on SQLite too).
-			q.from = "SELECT " + jobColumns + " FROM leaf CROSS JOIN job"
-			q.where.equal("leaf.agent_id", agent)
-			q.where.and("job.certificate_id = leaf.certificate_id")
-		}
-		q.where.equal("job.certificate_id", certificate)
-		q.where.equal("job.agent_id", agent)
-		q.where.equal("job.state", string(f.State))
-		if f.Open {
-			q.where.and("job.finished_at IS NULL")
 		}
 		all, err = readPage(t, q, size, after, scanJob)
 		return err
@@ -251,8 +300,50 @@ func (s *Store) Jobs(ctx context.Context, f domain.JobFilter, p domain.PageReque
 	if err != nil {
 		return nil, "", err
 	}
-	all, next := nextCursor(all, size, func(j domain.Job) string { return j.ID })
+	all, next := nextCursor(all, size, func(j domain.Job) string { return listPosition(jobKind.table, listing, j.ID) })
 	return all, next, nil
+}
+
+func (t *tx) jobQuery(f domain.JobFilter) (pageQuery, error) {
+	q := pageQuery{columns: jobColumns, from: "job", where: &where{}, key: "job.id", newest: true}
+	certificate, err := t.idOf(certificateKind, f.CertificateID)
+	if err != nil {
+		return q, err
+	}
+	agent, err := t.idOf(agentKind, f.AgentID)
+	if err != nil {
+		return q, err
+	}
+	unfinished, finished := "job.finished_at IS NULL", "job.finished_at IS NOT NULL"
+	switch open := f.Open && !f.State.Open(); {
+	case agent != "" && open:
+		q.lead = pins("job.agent_id", agent)
+		q.where.and(unfinished)
+	case agent != "" && f.State != "":
+		q.lead = slices.Concat(pins("job.agent_id", agent), pins("job.state", string(f.State)))
+		q.where.and(finished)
+	case agent != "":
+		q.lead = pins("job.agent_id", agent)
+		q.branches = append(q.branches, branch{term: unfinished})
+		for _, state := range domain.FinishedJobStates {
+			q.branches = append(q.branches, branch{term: finished, lead: pins("job.state", string(state))})
+		}
+	case certificate != "" && open:
+		// At most one job is open per leaf and per placement, and its open_key names them.
+		q.branches = []branch{
+			{from: "leaf CROSS JOIN job", term: "leaf.certificate_id = ? AND job.open_key = 'leaf:' || leaf.certificate_id || ':' || leaf.agent_id",
+				args: []any{certificate}, few: true},
+			{from: "placement CROSS JOIN job", term: "placement.certificate_id = ? AND job.open_key = 'placement:' || placement.certificate_id || ':' || placement.target_id",
+				args: []any{certificate}, few: true},
+		}
+	case open:
+		for _, state := range domain.OpenJobStates {
+			q.branches = append(q.branches, branch{lead: pins("job.state", string(state))})
+		}
+	default:
+		q.lead = slices.Concat(pins("job.certificate_id", certificate), pins("job.state", string(f.State)))
+	}
+	return q, nil
 }
 
 // Job returns a job by its id.

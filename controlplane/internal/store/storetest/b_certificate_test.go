@@ -411,8 +411,14 @@ func TestJobLists(t *testing.T) {
 		same(t, "by certificate", ids(domain.JobFilter{CertificateID: "one"}), only(j1[0].ID, j1[1].ID))
 		same(t, "by agent", ids(domain.JobFilter{AgentID: "web-1"}), only(j1[0].ID, j2[0].ID))
 		same(t, "open by agent", ids(domain.JobFilter{AgentID: a.ID, Open: true}), only(j2[0].ID))
-		same(t, "by all", ids(domain.JobFilter{AgentID: a.ID, CertificateID: c1.ID, State: domain.JobCancelled}), only(j1[0].ID))
-		same(t, "a contradiction", len(ids(domain.JobFilter{Open: true, State: domain.JobCancelled})), 0)
+		same(t, "finished by agent", ids(domain.JobFilter{AgentID: a.ID, State: domain.JobCancelled}), only(j1[0].ID))
+		same(t, "open by certificate", ids(domain.JobFilter{CertificateID: c1.ID, Open: true}), only(j1[1].ID))
+		same(t, "open said twice", ids(domain.JobFilter{Open: true, State: domain.JobAwaitingCSR}), only(j1[1].ID, j2[0].ID))
+		for field, f := range map[string]domain.JobFilter{"agent_id": {AgentID: a.ID, CertificateID: c1.ID}, "open": {Open: true, State: domain.JobCancelled},
+			"state": {AgentID: a.ID, State: domain.JobRunning}} {
+			_, _, err := x.Jobs(x.ctx, f, domain.PageRequest{})
+			refused(t, err, fault.Invalid, field+":", "open")
+		}
 		_, _, err = x.Jobs(x.ctx, domain.JobFilter{AgentID: "nobody"}, domain.PageRequest{})
 		refused(t, err, fault.NotFound, "nobody")
 	})
