@@ -7,6 +7,10 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/pprof"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -33,6 +37,8 @@ func BenchmarkIssue(b *testing.B) {
 		b.Run(e.Name, func(b *testing.B) {
 			s := e.Open(b)
 			p, work, csrs := prepareIssue(b, s, b.N)
+			report := e.ReportCPU(b)
+			done := profiled(b)
 			b.ResetTimer()
 			var next atomic.Int64
 			var wg sync.WaitGroup
@@ -48,8 +54,32 @@ func BenchmarkIssue(b *testing.B) {
 			}
 			wg.Wait()
 			b.StopTimer()
+			done()
+			report(b.N)
 			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "issued/s")
 		})
+	}
+}
+
+// profiled writes a CPU profile of what runs until done is called into the folder that CERTMESH_PROFILES names, if any.
+func profiled(b *testing.B) (done func()) {
+	b.Helper()
+	dir := os.Getenv("CERTMESH_PROFILES")
+	if dir == "" || b.N == 1 {
+		return func() {}
+	}
+	f, err := os.Create(filepath.Join(dir, strings.ReplaceAll(b.Name(), "/", "-")+".cpu"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		b.Fatal(err)
+	}
+	return func() {
+		pprof.StopCPUProfile()
+		if err := f.Close(); err != nil {
+			b.Error(err)
+		}
 	}
 }
 
@@ -84,12 +114,14 @@ func prepareIssue(b *testing.B, s *store.Store, n int) (*issue.Pipeline, []domai
 	must(s.RecordIdentity(ctx, domain.Identity{Serial: "1", AgentID: agent.ID, SPKI: "spki", NotBefore: now, NotAfter: now.Add(time.Hour), CreatedAt: now}, op))
 	session := s.OpenSessions(ctx, []domain.SessionOpen{{AgentID: agent.ID, Node: "n1", BootID: "b", Protocol: 1, IdentitySerial: "1", At: now}})[0]
 	must(session.Err)
-	site := domain.Target{ID: id.New(id.Target), Name: "one", AgentID: agent.ID, Kind: "file", Settings: []byte("{}"), Enabled: true, CreatedAt: now, Revision: 1}
-	must(s.CreateTarget(ctx, site, op))
-
 	csrs := make([][]byte, n)
 	each(n, func(i int) {
 		name := fmt.Sprintf("c%d.test", i)
+		site := domain.Target{ID: id.New(id.Target), Name: name, AgentID: agent.ID, Kind: "file", Settings: []byte("{}"), Enabled: true, CreatedAt: now, Revision: 1}
+		if err := s.CreateTarget(ctx, site, op); err != nil {
+			b.Error(err)
+			return
+		}
 		_, _, err := s.CreateCertificate(ctx, domain.NewCertificate{Op: op, TargetIDs: []string{site.ID}, Certificate: domain.Certificate{ID: id.New(id.Certificate),
 			Name: name, Names: domain.Names{DNS: []string{name}}, IssuerID: issuer.ID, ProfileID: seedProfiles(now)[0].ID, CreatedAt: now}})
 		if err != nil {

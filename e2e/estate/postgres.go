@@ -27,7 +27,7 @@ func (e *Estate) StartPostgres(ctx context.Context) (dsn string, stop func(), er
 		return "", nil, err
 	}
 	// Not below the estate: a Unix socket's path has at most 107 bytes, and another user must reach it.
-	dir, err := os.MkdirTemp("/tmp", "cmpg")
+	dir, err := os.MkdirTemp("", "cmpg")
 	if err != nil {
 		return "", nil, err
 	}

@@ -57,6 +57,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (bool, er
 	if err != nil {
 		return false, fmt.Errorf("%s: %w", set.skips, err)
 	}
+	env, remove, err := scratch()
+	if err != nil {
+		return false, err
+	}
+	defer remove()
 	start := time.Now()
 	rep := newReport(stdout, skips, os.Getenv)
 	for _, check := range set.checks {
@@ -64,7 +69,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (bool, er
 		rep.single(runCheck(ctx, name, command))
 	}
 	for _, module := range set.modules {
-		if err := runModule(ctx, set, rep, module, stdout, stderr); err != nil {
+		if err := runModule(ctx, set, rep, module, env, stdout, stderr); err != nil {
 			return false, err
 		}
 	}
@@ -109,7 +114,7 @@ func runCheck(ctx context.Context, name, command string) result {
 }
 
 // runModule tests one module.
-func runModule(ctx context.Context, set settings, rep *report, module string, stdout, stderr io.Writer) error {
+func runModule(ctx context.Context, set settings, rep *report, module string, env []string, stdout, stderr io.Writer) error {
 	if s, ok := rep.skips.module(module); ok {
 		list := exec.CommandContext(ctx, "go", "list", "-deps", "-test", "./...")
 		list.Dir = module
@@ -129,7 +134,7 @@ func runModule(ctx context.Context, set settings, rep *report, module string, st
 	}
 	var complaints bytes.Buffer
 	command := exec.CommandContext(ctx, "go", append(args, "./...")...)
-	command.Dir = module
+	command.Dir, command.Env = module, env
 	command.Stderr = io.MultiWriter(stderr, &complaints)
 	command.Cancel = func() error { return command.Process.Signal(os.Interrupt) }
 	command.WaitDelay = 10 * time.Second

@@ -43,7 +43,7 @@ func TestModuleThatIsNotServed(t *testing.T) {
 				skips.Suites = []suite{{Suite: "a", Module: folder, Reason: "may not be served"}}
 			}
 			rep := newReport(&out, skips, os.Getenv)
-			if err := runModule(t.Context(), settings{timeout: 0}, rep, folder, io.Discard, io.Discard); err != nil {
+			if err := runModule(t.Context(), settings{timeout: 0}, rep, folder, nil, io.Discard, io.Discard); err != nil {
 				t.Fatal(err)
 			}
 			rep.close(0)
@@ -61,7 +61,7 @@ func TestModuleWithoutTestsFails(t *testing.T) {
 	write(t, folder, "a.go", "package a\n")
 	var out strings.Builder
 	rep := newReport(&out, skipList{}, os.Getenv)
-	if err := runModule(t.Context(), settings{}, rep, folder, io.Discard, io.Discard); err != nil {
+	if err := runModule(t.Context(), settings{}, rep, folder, nil, io.Discard, io.Discard); err != nil {
 		t.Fatal(err)
 	}
 	if rep.close(0) || !strings.Contains(out.String(), "no test ran in this module") {

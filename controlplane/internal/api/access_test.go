@@ -72,7 +72,7 @@ func TestEveryMethodAsksForItsPermission(t *testing.T) {
 		if !ok {
 			t.Fatal("no permission")
 		}
-		for _, role := range []authz.Role{authz.Viewer, authz.Operator, authz.Admin} {
+		for _, role := range []authz.Role{authz.Viewer, authz.Operator, authz.Approver, authz.Admin} {
 			r := newRig(t).estate(t)
 			_, err := m.call(r.as(t, role), t, r.conn, good)
 			if role.May(need) {

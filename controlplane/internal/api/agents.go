@@ -87,6 +87,22 @@ func (a agents) CreateJoinToken(ctx context.Context, r *operatorpb.CreateJoinTok
 	}, nil
 }
 
+func (a agents) ListJoinTokens(ctx context.Context, r *operatorpb.ListJoinTokensRequest) (*operatorpb.ListJoinTokensResponse, error) {
+	all, next, err := a.Store.JoinTokens(ctx, pageOf(r.GetPage()))
+	if err != nil {
+		return nil, err
+	}
+	return &operatorpb.ListJoinTokensResponse{Tokens: each(all, tokenPB), NextCursor: next}, nil
+}
+
+func (a agents) RevokeJoinToken(ctx context.Context, r *operatorpb.RevokeJoinTokenRequest) (*operatorpb.RevokeJoinTokenResponse, error) {
+	t, err := a.Store.RevokeJoinToken(ctx, r.GetId(), a.op(ctx))
+	if err != nil {
+		return nil, err
+	}
+	return &operatorpb.RevokeJoinTokenResponse{Token: tokenPB(t)}, nil
+}
+
 // meshRoot is the root, in DER, by which a new host is to recognise the server.
 func (a *API) meshRoot(ctx context.Context) ([]byte, error) {
 	_, roots, err := a.Store.TrustBundle(ctx)

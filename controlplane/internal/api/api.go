@@ -48,6 +48,7 @@ type Store interface {
 type Certificates interface {
 	CreateCertificate(ctx context.Context, n domain.NewCertificate) (domain.Certificate, []domain.Job, error)
 	RenewCertificate(ctx context.Context, certificateID, reason string, op domain.Op) ([]domain.Job, error)
+	DeployCertificate(ctx context.Context, certificateID, reason string, op domain.Op) ([]domain.Job, error)
 	RevokeCertificate(ctx context.Context, certificateID string, reason domain.RevocationReason, op domain.Op) (domain.Certificate, []string, error)
 	CertificateView(ctx context.Context, idOrName string) (domain.CertificateView, error)
 	Certificates(ctx context.Context, f domain.CertificateFilter, p domain.PageRequest) ([]domain.Certificate, map[string]domain.PlacementCounts, string, error)
@@ -62,6 +63,8 @@ type Agents interface {
 	ReleaseAgent(ctx context.Context, agentID string, op domain.Op) (domain.Agent, error)
 	Rejections(ctx context.Context, agentID string) ([]domain.StateRejection, error)
 	CreateJoinToken(ctx context.Context, t domain.JoinToken, op domain.Op) error
+	JoinTokens(ctx context.Context, p domain.PageRequest) ([]domain.JoinToken, string, error)
+	RevokeJoinToken(ctx context.Context, tokenID string, op domain.Op) (domain.JoinToken, error)
 	TrustBundle(ctx context.Context) (version int64, roots [][]byte, err error)
 }
 
@@ -70,6 +73,9 @@ type Jobs interface {
 	Jobs(ctx context.Context, f domain.JobFilter, p domain.PageRequest) ([]domain.Job, string, error)
 	Job(ctx context.Context, jobID string) (domain.Job, error)
 	CancelJob(ctx context.Context, jobID string, op domain.Op) (domain.Job, error)
+	// ApproveJob and RejectJob decide on a job that waits for approval; Forbidden for who asked for it.
+	ApproveJob(ctx context.Context, jobID, reason string, op domain.Op) (domain.Job, error)
+	RejectJob(ctx context.Context, jobID, reason string, op domain.Op) (domain.Job, error)
 }
 
 // Catalogue keeps issuers, profiles and targets.
@@ -84,8 +90,6 @@ type Catalogue interface {
 	CreateTarget(ctx context.Context, t domain.Target, op domain.Op) error
 	Targets(ctx context.Context, agentID string, p domain.PageRequest) ([]domain.Target, string, error)
 	Target(ctx context.Context, idOrName string) (domain.Target, error)
-	// TargetsInUse returns the name of the certificate that a target (id) holds, for those that hold one.
-	TargetsInUse(ctx context.Context, targetIDs []string) (map[string]string, error)
 }
 
 // System counts and keeps the trail.

@@ -51,9 +51,6 @@ func (a certificates) CreateCertificate(ctx context.Context, r *operatorpb.Creat
 	if err := renew.CheckPolicy(policy, parts.profile); err != nil {
 		return nil, err
 	}
-	if err := a.targetsFree(ctx, r.GetName(), parts.targets); err != nil {
-		return nil, err
-	}
 	op := a.opFor(ctx, r.GetRequestId())
 	cert, jobs, err := a.Store.CreateCertificate(ctx, domain.NewCertificate{
 		Certificate: domain.Certificate{
@@ -81,6 +78,19 @@ func (a certificates) RenewCertificate(ctx context.Context, r *operatorpb.RenewC
 	}
 	a.changed(jobs)
 	return &operatorpb.RenewCertificateResponse{Jobs: each(jobs, jobPB)}, nil
+}
+
+func (a certificates) DeployCertificate(ctx context.Context, r *operatorpb.DeployCertificateRequest) (*operatorpb.DeployCertificateResponse, error) {
+	op := a.opFor(ctx, r.GetRequestId())
+	jobs, err := a.Store.DeployCertificate(ctx, r.GetId(), "requested by "+op.Actor, op)
+	if err != nil {
+		return nil, err
+	}
+	if len(jobs) > 0 {
+		a.Hub.Publish(hub.Notice{Kind: hub.Certificates, ID: jobs[0].CertificateID})
+	}
+	a.changed(jobs)
+	return &operatorpb.DeployCertificateResponse{Jobs: each(jobs, jobPB)}, nil
 }
 
 func (a certificates) RevokeCertificate(ctx context.Context, r *operatorpb.RevokeCertificateRequest) (*operatorpb.RevokeCertificateResponse, error) {
@@ -184,28 +194,6 @@ func (a *API) orderParts(ctx context.Context, r *operatorpb.CreateCertificateReq
 		}
 	}
 	return p, wrong.err()
-}
-
-// targetsFree refuses an order at a target that holds another certificate: the later deployment would overwrite the
-// former, and both would count as served. No order under a name that is there makes another certificate: it is a
-// repeated one or refused, and which of them is the store's to say.
-func (a *API) targetsFree(ctx context.Context, name string, targets []domain.Target) error {
-	held, err := a.Store.TargetsInUse(ctx, parts{targets: targets}.targetIDs())
-	if err != nil || len(held) == 0 {
-		return err
-	}
-	switch _, err := a.Store.CertificateView(ctx, name); {
-	case err == nil:
-		return nil
-	case !fault.Is(err, fault.NotFound):
-		return err
-	}
-	for _, t := range targets {
-		if holder, ok := held[t.ID]; ok {
-			return fault.New(fault.Conflict, "target %q holds certificate %q, and a target holds one; renew that certificate, or place this one at another target", t.Name, holder)
-		}
-	}
-	return nil
 }
 
 // found looks up what a request names. That it is not there is added to wrong; other errors are returned.

@@ -35,7 +35,7 @@ func each[A, B any](in []A, f func(A) B) []B {
 }
 
 func policyOf(p *operatorpb.RenewalPolicy) domain.Policy {
-	out := domain.Policy{Fraction: p.GetFraction(), Disabled: p.GetDisabled()}
+	out := domain.Policy{Fraction: p.GetFraction(), Disabled: p.GetDisabled(), RequireApproval: p.GetRequireApproval()}
 	for _, d := range p.GetAlertThresholdsDays() {
 		out.AlertThresholdsDays = append(out.AlertThresholdsDays, int(d))
 	}
@@ -50,7 +50,7 @@ func policyOf(p *operatorpb.RenewalPolicy) domain.Policy {
 }
 
 func policyPB(p domain.Policy) *operatorpb.RenewalPolicy {
-	out := &operatorpb.RenewalPolicy{Fraction: p.Fraction, Disabled: p.Disabled}
+	out := &operatorpb.RenewalPolicy{Fraction: p.Fraction, Disabled: p.Disabled, RequireApproval: p.RequireApproval}
 	for _, d := range p.AlertThresholdsDays {
 		out.AlertThresholdsDays = append(out.AlertThresholdsDays, int32Of(d))
 	}
@@ -155,6 +155,13 @@ func agentPB(a domain.Agent) *operatorpb.Agent {
 		Id: a.ID, Name: a.Name, State: string(a.State), Labels: a.Labels, Os: a.Facts.OS, Platform: a.Facts.Platform,
 		Architecture: a.Facts.Architecture, IpAddress: a.Facts.IPAddress, Hostname: a.Facts.Hostname, Version: a.Facts.Version,
 		Capabilities: a.Capabilities, CreatedAt: stamp(a.CreatedAt), LastSeen: stamp(a.LastSeen), Reason: a.Reason,
+	}
+}
+
+func tokenPB(t domain.JoinToken) *operatorpb.JoinToken {
+	return &operatorpb.JoinToken{
+		Id: t.ID, MaxUses: int32Of(t.MaxUses), Uses: int32Of(t.Uses), Labels: t.Labels, ExpiresAt: stamp(t.ExpiresAt),
+		RevokedAt: stamp(t.RevokedAt), CreatedBy: t.CreatedBy, CreatedAt: stamp(t.CreatedAt),
 	}
 }
 

@@ -30,8 +30,11 @@ func (a certificates) ExplainCertificate(ctx context.Context, r *operatorpb.Expl
 	leaves := map[string]domain.Leaf{}
 	for _, l := range v.Leaves {
 		leaves[l.AgentID] = l
-		_, open := leafJobs[l.AgentID]
+		job, open := leafJobs[l.AgentID]
 		d := renew.Why(l, v.Certificate.Policy, profile, v.Certificate.Status, now, open)
+		if open && job.State == domain.JobAwaitingApproval {
+			d.Reason = "it " + approvalWords(job)
+		}
 		out.Leaves = append(out.Leaves, &operatorpb.LeafExplanation{AgentId: l.AgentID, Due: d.Due, Reason: d.Reason, DueAt: stamp(d.At)})
 	}
 	hosts := map[string]host{}
@@ -164,12 +167,13 @@ func (w lagging) next() string {
 }
 
 func (w lagging) jobWords(j *domain.Job) string {
+	if j.State == domain.JobAwaitingApproval {
+		return "it " + approvalWords(j)
+	}
 	var doing string
 	switch {
 	case j.RunAt.After(w.now):
 		doing = fmt.Sprintf("is %s and is tried again at %s", j.State, clock(j.RunAt))
-	case j.State == domain.JobAwaitingApproval:
-		doing = "waits for an operator's approval"
 	case !j.AcceptedAt.IsZero():
 		doing = fmt.Sprintf("is %s; the agent accepted it at %s", j.State, clock(j.AcceptedAt))
 	case j.Attempt > 0:
@@ -181,6 +185,11 @@ func (w lagging) jobWords(j *domain.Job) string {
 		doing += fmt.Sprintf(" (%d of %d tries used)", j.Tries, j.MaxTries)
 	}
 	return "job " + j.ID + " " + doing
+}
+
+// approvalWords go on with "it".
+func approvalWords(j *domain.Job) string {
+	return "waits for approval of " + j.ID + " by somebody who did not ask for it: certmesh jobs approve or reject"
 }
 
 // hostWords is empty for an agent that can work.

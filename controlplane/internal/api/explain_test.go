@@ -48,7 +48,7 @@ func TestWaitsFor(t *testing.T) {
 		}, "the first issuance: job job_1 is AwaitingCSR and is sent when the agent has credit"},
 		"awaiting approval": {func(w *lagging) {
 			w.leaf.Current, w.leafJob = 0, job(func(j *domain.Job) { j.State = domain.JobAwaitingApproval })
-		}, "job job_1 waits for an operator's approval"},
+		}, "the first issuance: it waits for approval of job_1 by somebody who did not ask for it"},
 		"pending": {func(w *lagging) { w.deployment = job(func(*domain.Job) {}) }, "the deployment of generation 3: job job_1 is Pending and is sent when"},
 		"sent":    {func(w *lagging) { w.deployment = job(func(j *domain.Job) { j.Attempt = 1 }) }, "job job_1 is Pending; it was sent to the agent, which has not accepted it yet"},
 		"running": {func(w *lagging) {

@@ -140,7 +140,7 @@ func newRig(t testing.TB) *rig {
 		store: newMemory(), sessions: &sessions{}, issuers: &makeCA{der: testDER(t)}, clock: clockwork.NewFakeClockAt(start), log: &logBuffer{},
 		keys: map[authz.Role]string{},
 	}
-	for _, role := range []authz.Role{authz.Admin, authz.Operator, authz.Viewer} {
+	for _, role := range []authz.Role{authz.Admin, authz.Operator, authz.Approver, authz.Viewer} {
 		r.keys[role] = r.addKey(t, string(role), role, time.Time{}, false)
 	}
 	a, err := New(Config{
@@ -258,6 +258,9 @@ const (
 	serverProfile       = "prof_00000000000000000000000000000001"
 	certID              = "cert_00000000000000000000000000000001"
 	jobID               = "job_00000000000000000000000000000001"
+	otherCert           = "cert_00000000000000000000000000000002"
+	waitingJob          = "job_00000000000000000000000000000002"
+	tokenID             = "jt_00000000000000000000000000000001"
 	goodSettings        = `{"directory":"/etc/ssl/site"}`
 )
 
@@ -309,6 +312,9 @@ func (r *rig) estate(t testing.TB) *rig {
 	m.versions[certID] = []domain.Version{{IssuerID: issuerID, Serial: "0a", CertificateID: certID, AgentID: webAgent, Generation: 2, DER: r.issuers.der, NotBefore: start, NotAfter: start.AddDate(0, 0, 47), CreatedAt: start}}
 	m.jobs[jobID] = domain.Job{ID: jobID, Kind: domain.JobDeployment, State: domain.JobPending, CertificateID: certID, AgentID: webAgent, TargetID: webTarget,
 		Generation: 2, MaxTries: 5, RunAt: start, CreatedAt: start, UpdatedAt: start}
+	m.jobs[waitingJob] = domain.Job{ID: waitingJob, Kind: domain.JobRenewal, State: domain.JobAwaitingApproval, CertificateID: otherCert, AgentID: mailAgent,
+		Generation: 3, MaxTries: 5, RunAt: start, CreatedAt: start, UpdatedAt: start}
+	m.tokens[tokenID] = domain.JoinToken{ID: tokenID, MaxUses: 3, Uses: 1, Labels: map[string]string{"rack": "7"}, ExpiresAt: start.Add(time.Hour), CreatedBy: "operator:ann", CreatedAt: start}
 	m.rejections[webAgent] = []domain.StateRejection{{AgentID: webAgent, Kind: "target", Name: webTarget, Version: 3, Reason: "outside the roots"}}
 	m.counts = domain.Counts{Certificates: map[domain.CertificateStatus]int64{domain.CertificateActive: 1}, Agents: map[domain.AgentState]int64{domain.AgentOnline: 1},
 		OpenJobs: map[domain.JobState]int64{domain.JobPending: 1}, PlacementsLagging: 1}

@@ -35,3 +35,23 @@ func (a jobs) CancelJob(ctx context.Context, r *operatorpb.CancelJobRequest) (*o
 	a.Hub.Publish(hub.Notice{Kind: hub.Certificates, ID: j.CertificateID})
 	return &operatorpb.CancelJobResponse{Job: jobPB(j)}, nil
 }
+
+func (a jobs) ApproveJob(ctx context.Context, r *operatorpb.ApproveJobRequest) (*operatorpb.ApproveJobResponse, error) {
+	j, err := a.Store.ApproveJob(ctx, r.GetId(), r.GetReason(), a.op(ctx))
+	if err != nil {
+		return nil, err
+	}
+	a.changed([]domain.Job{j})
+	a.Hub.Publish(hub.Notice{Kind: hub.Certificates, ID: j.CertificateID})
+	return &operatorpb.ApproveJobResponse{Job: jobPB(j)}, nil
+}
+
+func (a jobs) RejectJob(ctx context.Context, r *operatorpb.RejectJobRequest) (*operatorpb.RejectJobResponse, error) {
+	j, err := a.Store.RejectJob(ctx, r.GetId(), r.GetReason(), a.op(ctx))
+	if err != nil {
+		return nil, err
+	}
+	a.changed([]domain.Job{j})
+	a.Hub.Publish(hub.Notice{Kind: hub.Certificates, ID: j.CertificateID})
+	return &operatorpb.RejectJobResponse{Job: jobPB(j)}, nil
+}

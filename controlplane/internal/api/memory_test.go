@@ -173,6 +173,15 @@ func (m *memory) CreateCertificate(_ context.Context, n domain.NewCertificate) (
 			return domain.Certificate{}, nil, fault.InvalidField("target_ids", "target %q is disabled", m.targets[t].Name)
 		}
 	}
+	for cert, all := range m.placements {
+		c := m.certs[cert]
+		for _, p := range all {
+			if c.Status != domain.CertificateRevoked && c.Status != domain.CertificateArchived && slices.Contains(n.TargetIDs, p.TargetID) {
+				return domain.Certificate{}, nil, fault.New(fault.Conflict, "target %q holds certificate %q, and a target holds one; renew that certificate, or place this one at another target",
+					m.targets[p.TargetID].Name, c.Name)
+			}
+		}
+	}
 	c.Status, c.Revision, c.UpdatedAt = domain.CertificatePending, 1, c.CreatedAt
 	m.certs[c.ID] = c
 	if n.RequestID != "" {
@@ -236,6 +245,30 @@ func (m *memory) RenewCertificate(_ context.Context, key, reason string, op doma
 	}
 	m.note(op, "certificate.renewal_ordered", "certificate/"+c.ID)
 	return out, nil
+}
+
+func (m *memory) DeployCertificate(_ context.Context, key, reason string, op domain.Op) ([]domain.Job, error) {
+	leave, err := m.enter("DeployCertificate")
+	defer leave()
+	if err != nil {
+		return nil, err
+	}
+	c, err := lookup("certificate", m.certs, key, certName)
+	if err != nil {
+		return nil, err
+	}
+	if c.Status == domain.CertificateRevoked {
+		return nil, fault.New(fault.Conflict, "certificate %q is Revoked", c.Name)
+	}
+	for _, p := range m.placements[c.ID] {
+		if !slices.ContainsFunc(m.jobsOf(c.ID), func(j domain.Job) bool { return j.TargetID == p.TargetID && j.State.Open() }) {
+			j := domain.Job{ID: id.New(id.Job), Kind: domain.JobDeployment, State: domain.JobPending, CertificateID: c.ID, AgentID: p.AgentID, TargetID: p.TargetID,
+				Generation: 1, Reason: reason, RequestID: op.RequestID, CreatedAt: op.At, UpdatedAt: op.At}
+			m.jobs[j.ID] = j
+		}
+	}
+	m.note(op, "certificate.deployment_ordered", "certificate/"+c.ID)
+	return slices.DeleteFunc(m.jobsOf(c.ID), func(j domain.Job) bool { return j.Kind != domain.JobDeployment || !j.State.Open() }), nil
 }
 
 func (m *memory) RevokeCertificate(_ context.Context, key string, reason domain.RevocationReason, op domain.Op) (domain.Certificate, []string, error) {
@@ -394,6 +427,31 @@ func (m *memory) CreateJoinToken(_ context.Context, t domain.JoinToken, op domai
 	return nil
 }
 
+func (m *memory) JoinTokens(_ context.Context, p domain.PageRequest) ([]domain.JoinToken, string, error) {
+	leave, err := m.enter("JoinTokens")
+	defer leave()
+	if err != nil {
+		return nil, "", err
+	}
+	return paged(m, m.tokens, p, every[domain.JoinToken])
+}
+
+func (m *memory) RevokeJoinToken(_ context.Context, key string, op domain.Op) (domain.JoinToken, error) {
+	leave, err := m.enter("RevokeJoinToken")
+	defer leave()
+	if err != nil {
+		return domain.JoinToken{}, err
+	}
+	t, err := lookup("join token", m.tokens, key, func(t domain.JoinToken) string { return t.ID })
+	if err != nil || !t.RevokedAt.IsZero() {
+		return t, err
+	}
+	t.RevokedAt = op.At
+	m.tokens[t.ID] = t
+	m.note(op, "token.revoked", "token/"+t.ID)
+	return t, nil
+}
+
 func (m *memory) TrustBundle(context.Context) (int64, [][]byte, error) {
 	leave, err := m.enter("TrustBundle")
 	defer leave()
@@ -454,6 +512,39 @@ func (m *memory) CancelJob(_ context.Context, jobID string, op domain.Op) (domai
 	}
 	m.note(op, "job.cancelled", "job/"+j.ID)
 	return m.cancel(j, op), nil
+}
+
+func (m *memory) ApproveJob(_ context.Context, jobID, reason string, op domain.Op) (domain.Job, error) {
+	return m.decide("ApproveJob", "job.approved", jobID, reason, op, func(j *domain.Job) { j.State = j.Kind.InitialState() })
+}
+
+func (m *memory) RejectJob(_ context.Context, jobID, reason string, op domain.Op) (domain.Job, error) {
+	return m.decide("RejectJob", "job.rejected", jobID, reason, op, func(j *domain.Job) {
+		j.State, j.Error, j.FinishedAt = domain.JobCancelled, reason, op.At
+	})
+}
+
+func (m *memory) decide(method, action, jobID, reason string, op domain.Op, change func(*domain.Job)) (domain.Job, error) {
+	leave, err := m.enter(method)
+	defer leave()
+	if err != nil {
+		return domain.Job{}, err
+	}
+	j, err := lookup("job", m.jobs, jobID, func(j domain.Job) string { return j.ID })
+	if err != nil {
+		return j, err
+	}
+	if j.State != domain.JobAwaitingApproval {
+		return j, fault.New(fault.Conflict, "job %s is %s", j.ID, j.State)
+	}
+	if m.certs[j.CertificateID].CreatedBy == op.Actor {
+		return j, fault.New(fault.Forbidden, "%s ordered it", op.Actor)
+	}
+	change(&j)
+	m.jobs[j.ID] = j
+	m.note(op, action, "job/"+j.ID)
+	m.audits[len(m.audits)-1].Detail = map[string]string{"reason": reason}
+	return j, nil
 }
 
 func (m *memory) CreateIssuer(_ context.Context, i domain.Issuer, ca domain.CA, keys []domain.SealedKey, op domain.Op) error {
@@ -552,24 +643,6 @@ func (m *memory) Target(_ context.Context, key string) (domain.Target, error) {
 		return domain.Target{}, err
 	}
 	return lookup("target", m.targets, key, targetName)
-}
-
-func (m *memory) TargetsInUse(_ context.Context, targetIDs []string) (map[string]string, error) {
-	leave, err := m.enter("TargetsInUse")
-	defer leave()
-	if err != nil {
-		return nil, err
-	}
-	held := map[string]string{}
-	for cert, all := range m.placements {
-		c := m.certs[cert]
-		for _, p := range all {
-			if c.Status != domain.CertificateRevoked && c.Status != domain.CertificateArchived && slices.Contains(targetIDs, p.TargetID) {
-				held[p.TargetID] = c.Name
-			}
-		}
-	}
-	return held, nil
 }
 
 func (m *memory) Counts(context.Context) (domain.Counts, error) {

@@ -181,6 +181,7 @@ var roundTrips = map[string]trip{
 	"ReleaseAgentRequest":       byID[*operatorpb.ReleaseAgentResponse](&operatorpb.ReleaseAgentRequest{Id: mailAgent}, "agent.id"),
 	"GetJobRequest":             byID[*operatorpb.GetJobResponse](&operatorpb.GetJobRequest{Id: jobID}, "job.id"),
 	"CancelJobRequest":          byID[*operatorpb.CancelJobResponse](&operatorpb.CancelJobRequest{Id: jobID}, "job.id"),
+	"RevokeJoinTokenRequest":    byID[*operatorpb.RevokeJoinTokenResponse](&operatorpb.RevokeJoinTokenRequest{Id: tokenID}, "token.id"),
 	"GetIssuerRequest":          byID[*operatorpb.GetIssuerResponse](&operatorpb.GetIssuerRequest{Id: issuerID}, "issuer.id"),
 	"GetTargetRequest":          byID[*operatorpb.GetTargetResponse](&operatorpb.GetTargetRequest{Id: webTarget}, "target.id"),
 
@@ -205,8 +206,9 @@ var roundTrips = map[string]trip{
 		f := r.store.jobFilter
 		return map[string]string{"state": string(f.State), "certificate_id": f.CertificateID, "agent_id": f.AgentID, "open": fmt.Sprint(f.Open)}
 	}),
-	"ListIssuersRequest":  listed(&operatorpb.ListIssuersRequest{Page: aPage}, nil),
-	"ListProfilesRequest": listed(&operatorpb.ListProfilesRequest{Page: aPage}, nil),
+	"ListJoinTokensRequest": listed(&operatorpb.ListJoinTokensRequest{Page: &operatorpb.Page{Size: 17, Cursor: "a"}}, nil),
+	"ListIssuersRequest":    listed(&operatorpb.ListIssuersRequest{Page: aPage}, nil),
+	"ListProfilesRequest":   listed(&operatorpb.ListProfilesRequest{Page: aPage}, nil),
 	"ListTargetsRequest": listed(&operatorpb.ListTargetsRequest{Page: aPage, AgentId: webAgent}, func(r *rig) map[string]string {
 		return map[string]string{"agent_id": r.store.targetAgent}
 	}),
@@ -220,7 +222,7 @@ var roundTrips = map[string]trip{
 			Name: "new", Issuer: issuerID, Profile: "prof_00000000000000000000000000000005", Owner: "the web team", RequestId: "req-77", Targets: []string{"spare", "balancer"},
 			Names: &operatorpb.Names{CommonName: "Anna Example", Dns: []string{"a.example.com", "b.example.com"}, Ip: []string{"192.0.2.1", "2001:db8::1"},
 				Email: []string{"anna@example.com"}, Uri: []string{"spiffe://example.com/a"}},
-			Policy: &operatorpb.RenewalPolicy{Fraction: .5, AlertThresholdsDays: []int32{20, 10}, Disabled: true, Windows: []*operatorpb.RenewalWindow{
+			Policy: &operatorpb.RenewalPolicy{Fraction: .5, AlertThresholdsDays: []int32{20, 10}, Disabled: true, RequireApproval: true, Windows: []*operatorpb.RenewalWindow{
 				{Days: []int32{1, 2}, StartMinute: 60, EndMinute: 180}, {Days: []int32{5}, StartMinute: 1320, EndMinute: 120}}},
 		}
 		made := must[*operatorpb.CreateCertificateResponse](t)(r.certificates().CreateCertificate(ctx, req))
@@ -245,6 +247,23 @@ var roundTrips = map[string]trip{
 		req := &operatorpb.RenewCertificateRequest{Id: certID, RequestId: "req-78"}
 		got := must[*operatorpb.RenewCertificateResponse](t)(r.certificates().RenewCertificate(r.as(t, authz.Operator), req))
 		return one(req), map[string]string{"id": see(got, "jobs.certificate_id"), "request_id": see(got, "jobs.request_id")}
+	},
+	"DeployCertificateRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
+		delete(r.store.jobs, jobID)
+		req := &operatorpb.DeployCertificateRequest{Id: certID, RequestId: "req-79"}
+		got := must[*operatorpb.DeployCertificateResponse](t)(r.certificates().DeployCertificate(r.as(t, authz.Operator), req))
+		return one(req), map[string]string{"id": see(got, "jobs.certificate_id"), "request_id": see(got, "jobs.request_id")}
+	},
+	"ApproveJobRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
+		req := &operatorpb.ApproveJobRequest{Id: waitingJob, Reason: "seen"}
+		got := must[*operatorpb.ApproveJobResponse](t)(r.jobs().ApproveJob(r.as(t, authz.Approver), req))
+		trail := r.store.trail()
+		return one(req), map[string]string{"id": see(got, "job.id"), "reason": trail[len(trail)-1].Detail["reason"]}
+	},
+	"RejectJobRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
+		req := &operatorpb.RejectJobRequest{Id: waitingJob, Reason: "wrong names"}
+		got := must[*operatorpb.RejectJobResponse](t)(r.jobs().RejectJob(r.as(t, authz.Approver), req))
+		return one(req), map[string]string{"id": see(got, "job.id"), "reason": see(got, "job.error")}
 	},
 	"RevokeCertificateRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
 		req := &operatorpb.RevokeCertificateRequest{Id: certID, Reason: "keyCompromise"}

@@ -66,6 +66,8 @@ func validate(m proto.Message) error {
 		return validateOrder(r)
 	case *operatorpb.RenewCertificateRequest:
 		return first(ref("id", r.GetId()), validateRequestID(r.GetRequestId()))
+	case *operatorpb.DeployCertificateRequest:
+		return first(ref("id", r.GetId()), validateRequestID(r.GetRequestId()))
 	case *operatorpb.RevokeCertificateRequest:
 		_, err := domain.ParseRevocationReason(r.GetReason())
 		return first(ref("id", r.GetId()), err)
@@ -83,12 +85,23 @@ func validate(m proto.Message) error {
 		return ref("id", r.GetId())
 	case *operatorpb.CreateJoinTokenRequest:
 		return validateJoinToken(r)
+	case *operatorpb.ListJoinTokensRequest:
+		return page(r.GetPage())
+	case *operatorpb.RevokeJoinTokenRequest:
+		return ref("id", r.GetId())
 	case *operatorpb.ListJobsRequest:
 		return first(page(r.GetPage()), oneOf("state", r.GetState(), jobStates))
 	case *operatorpb.GetJobRequest:
 		return ref("id", r.GetId())
 	case *operatorpb.CancelJobRequest:
 		return ref("id", r.GetId())
+	case *operatorpb.ApproveJobRequest:
+		return first(ref("id", r.GetId()), validateReason(r.GetReason()))
+	case *operatorpb.RejectJobRequest:
+		if strings.TrimSpace(r.GetReason()) == "" {
+			return first(ref("id", r.GetId()), fault.InvalidField("reason", "is empty; say why the job is rejected"))
+		}
+		return first(ref("id", r.GetId()), validateReason(r.GetReason()))
 	case *operatorpb.ListIssuersRequest:
 		return page(r.GetPage())
 	case *operatorpb.GetIssuerRequest:
@@ -246,6 +259,16 @@ func newName(field, v string) error {
 func validateRequestID(v string) error {
 	if v != "" && !requestID.MatchString(v) {
 		return fault.InvalidField("request_id", "use at most 64 letters, digits, dots, dashes or underscores")
+	}
+	return nil
+}
+
+// maxReason bounds what a decision is explained with.
+const maxReason = 256
+
+func validateReason(v string) error {
+	if len(v) > maxReason {
+		return fault.InvalidField("reason", "is %d bytes long; at most %d are allowed", len(v), maxReason)
 	}
 	return nil
 }

@@ -214,6 +214,9 @@ type Intent struct {
 	State         IntentState
 	Recovery      int64
 	CreatedAt     time.Time
+	// StaleBefore is not kept: an open intent that was made before it is not signed any more, because too much of the
+	// validity in its bytes has gone by. Zero: every one is signed.
+	StaleBefore time.Time
 }
 
 // Version is one signed certificate.

@@ -213,6 +213,7 @@ func (p *Pipeline) intend(ctx context.Context, r Request, csr *ca.CSR) (domain.I
 			ID: p.cfg.NewID(id.Intent), CertificateID: j.CertificateID, AgentID: j.AgentID, Generation: j.Generation,
 			JobID: j.ID, Attempt: j.Attempt, IssuerID: r.Work.IssuerID, Serial: prepared.Serial(), TBS: prepared.TBS(),
 			SPKI: csr.SPKI, State: domain.IntentOpen, CreatedAt: p.cfg.Clock.Now(),
+			StaleBefore: p.cfg.Clock.Now().Add(-r.Work.Profile.TTL / 20),
 		}})[0]
 		switch {
 		case out.SerialTaken && draw < maxDraws:

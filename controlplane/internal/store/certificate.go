@@ -234,6 +234,9 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, 0, NULL, $9, $10, $11, $12, $12, $13) ON
 			return fail(certificateKind.taken(c.Name))
 		}
 	}
+	if err := t.free(targets); err != nil {
+		return fail(err)
+	}
 	if err := chunks(sanRows(c.Names), func(rows [][2]string) error {
 		v := t.values("kind text, value text")
 		for _, r := range rows {
@@ -337,6 +340,31 @@ func usable(targets []orderTarget) error {
 		}
 	}
 	return nil
+}
+
+// free refuses an order at a target that holds another certificate: the later deployment would overwrite the former, and
+// both would count as served. Revoked and archived certificates hold none.
+func (t *tx) free(targets []orderTarget) error {
+	return chunks(targets, func(targets []orderTarget) error {
+		names := make(map[string]string, len(targets))
+		ids := make([]string, len(targets))
+		for i, g := range targets {
+			ids[i], names[g.ID] = g.ID, g.Name
+		}
+		in, args := inList(3, ids)
+		var target, holder string
+		err := t.queryRow(`SELECT placement.target_id, certificate.name FROM placement JOIN certificate ON certificate.id = placement.certificate_id
+WHERE certificate.status NOT IN ($1, $2) AND placement.target_id IN `+in+" ORDER BY placement.target_id LIMIT 1",
+			append([]any{string(domain.CertificateRevoked), string(domain.CertificateArchived)}, args...)...).Scan(&target, &holder)
+		switch {
+		case isNoRows(err):
+			return nil
+		case err != nil:
+			return err
+		}
+		return fault.New(fault.Conflict, "target %q holds certificate %q, and a target holds one; renew that certificate, or place this one at another target",
+			names[target], holder)
+	})
 }
 
 func (t *tx) insertLeaves(certificateID string, agents []string, shard int) error {

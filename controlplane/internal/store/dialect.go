@@ -23,6 +23,8 @@ type dialect struct {
 	folder string
 	// bytes is the type word for byte strings: CAST(x AS BYTEA) silently stores 0 on SQLite.
 	bytes string
+	// arrays: a parameter may be an array.
+	arrays bool
 	// ddlInTx: schema changes take part in transactions.
 	ddlInTx bool
 }
@@ -38,9 +40,9 @@ func dialectOf(name string) *dialect {
 	case nameSQLite:
 		return &dialect{name: name, folder: "sqlite", bytes: "BLOB", ddlInTx: true}
 	case nameCockroach:
-		return &dialect{name: name, folder: "cockroach", bytes: "BYTEA"}
+		return &dialect{name: name, folder: "cockroach", bytes: "BYTEA", arrays: true}
 	default:
-		return &dialect{name: namePostgres, folder: "cockroach", bytes: "BYTEA", ddlInTx: true}
+		return &dialect{name: namePostgres, folder: "cockroach", bytes: "BYTEA", arrays: true, ddlInTx: true}
 	}
 }
 

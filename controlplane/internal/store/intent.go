@@ -60,7 +60,7 @@ func (t *tx) recovery() (int64, error) {
 //
 //   - The same key again gets the recorded intent (Existing): sign those bytes, not new ones.
 //   - Signed already: Issued carries the version, also when the job has completed since.
-//   - Another key, or an intent from before a restore: the old intent is Abandoned, a version of it is revoked
+//   - Another key, an intent from before a restore or before StaleBefore: the old intent is Abandoned, a version of it is revoked
 //     (superseded), and job, leaf and the new intent get the leaf's next generation: look at the outcome's Generation.
 //
 // Conflict: the attempt is not the one that is awaited, or the serial is taken at this issuer (SerialTaken: choose another).
@@ -100,7 +100,10 @@ func (s *Store) intendAll(ctx context.Context, items []domain.Intent) ([]domain.
 	for i, it := range items {
 		ids[i] = it.JobID
 	}
-	err := s.settled(ctx, "intent.record", func(t *tx) error {
+	// READ COMMITTED, because unique keys and compare-and-set are all it needs: one intent a (certificate, agent,
+	// generation) and one a serial are unique keys, and what replaces an intent compares intent and job as it writes. A job
+	// that ends between being read and the commit leaves an intent that nobody can consume: RecordIssued compares again.
+	err := s.settledAt(ctx, "intent.record", sql.LevelReadCommitted, func(t *tx) error {
 		outs = make([]domain.IntentOutcome, len(items))
 		found, err := t.signings(ids)
 		if err != nil {
@@ -137,7 +140,7 @@ func (s *Store) intendAll(ctx context.Context, items []domain.Intent) ([]domain.
 				outs[i].Intent, fresh = it, append(fresh, i)
 			case x.intent.ID == it.ID:
 				outs[i].Intent = x.intent // our own, of a run whose commit gave no answer
-			case x.intent.SPKI == it.SPKI && x.intent.State == domain.IntentOpen && x.intent.Recovery == recovery:
+			case x.intent.SPKI == it.SPKI && x.intent.State == domain.IntentOpen && x.intent.Recovery == recovery && !x.intent.CreatedAt.Before(it.StaleBefore):
 				outs[i] = domain.IntentOutcome{Intent: x.intent, Existing: true}
 			default:
 				if it.Generation, err = t.nextGeneration(x, it); err != nil {
@@ -220,11 +223,15 @@ func (t *tx) issuedBefore(outs []domain.IntentOutcome) error {
 // nextGeneration abandons the intent that is in the way of it, because the agent has another key now or because the
 // intent is from before a restore, and moves job and leaf to the next generation. It is rare: item by item.
 func (t *tx) nextGeneration(x signing, it domain.Intent) (int64, error) {
-	if _, err := t.exec("UPDATE intent SET state = $1 WHERE id = $2", string(domain.IntentAbandoned), x.intent.ID); err != nil {
+	gone, err := t.exec("UPDATE intent SET state = $1 WHERE id = $2 AND state = $3", string(domain.IntentAbandoned), x.intent.ID, string(x.intent.State))
+	if err != nil {
 		return 0, err
 	}
+	if gone != 1 {
+		return 0, errMoved
+	}
 	var g int64
-	err := t.queryRow("UPDATE leaf SET generation = generation + 1 WHERE certificate_id = $1 AND agent_id = $2 RETURNING generation",
+	err = t.queryRow("UPDATE leaf SET generation = generation + 1 WHERE certificate_id = $1 AND agent_id = $2 RETURNING generation",
 		it.CertificateID, it.AgentID).Scan(&g)
 	if err != nil {
 		return 0, err

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"slices"
 	"strconv"
@@ -54,8 +55,18 @@ func (s *Store) issueAll(ctx context.Context, items []domain.Issued) ([]domain.I
 	}
 	// Ids of deployments are drawn before the transaction, and again the same in each run of it.
 	var drawn []string
-	err := s.settled(ctx, "version.record", func(t *tx) error {
+	// READ COMMITTED under the locks of the certificates, which everybody takes who changes a leaf or a status: what is read
+	// after the lock stays true until the commit, and whoever had read before must read again, because the row is written.
+	// Jobs, intents and serials are compared and set, or unique keys.
+	err := s.settledAt(ctx, "version.record", sql.LevelReadCommitted, func(t *tx) error {
 		outs = make([]domain.IssuedOutcome, len(items))
+		certs := make([]string, len(items))
+		for i, it := range items {
+			certs[i] = it.Version.CertificateID
+		}
+		if err := t.lockCertificates(certs); err != nil {
+			return err
+		}
 		found, err := t.signings(ids)
 		if err != nil {
 			return err
@@ -201,7 +212,7 @@ UPDATE leaf SET current_generation = v.g, serial = v.serial, not_before = v.nb, 
 FROM v WHERE leaf.certificate_id = v.c AND leaf.agent_id = v.a`, moved.args...); err != nil {
 		return err
 	}
-	return t.restatus(certs, items[good[0]].At)
+	return t.restatusLocked(certs, items[good[0]].At, true)
 }
 
 type placed struct {

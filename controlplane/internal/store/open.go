@@ -68,6 +68,17 @@ const (
 	lockTimeout       = "3s"
 )
 
+// pointLookups are settings of PostgreSQL's planner for the connections that write. Every statement there finds few rows by a
+// key, whatever the size of the tables, and is sent thousands of times: it is planned once, by its indexes, also in the first
+// hours of a database, which has no statistics yet.
+var pointLookups = map[string]string{
+	"plan_cache_mode":  "force_generic_plan",
+	"enable_seqscan":   "off",
+	"enable_hashjoin":  "off",
+	"enable_mergejoin": "off",
+	"jit":              "off",
+}
+
 // Open connects. It does not change the schema (Migrate) and does not ask whether a server answers (Ping).
 func Open(ctx context.Context, cfg Config) (*Store, error) {
 	if cfg.Log == nil {
@@ -128,8 +139,16 @@ func (s *Store) openServer(dsn string) error {
 			cfg.RuntimeParams[k] = v
 		}
 	}
-	s.writer = stdlib.OpenDB(*cfg)
 	s.reader = stdlib.OpenDB(*cfg)
+	if s.d.name == namePostgres {
+		cfg = cfg.Copy()
+		for k, v := range pointLookups {
+			if _, set := cfg.RuntimeParams[k]; !set {
+				cfg.RuntimeParams[k] = v
+			}
+		}
+	}
+	s.writer = stdlib.OpenDB(*cfg)
 	for db, n := range map[*sql.DB]int{s.writer: 2 * s.cfg.MaxReaders, s.reader: s.cfg.MaxReaders} {
 		db.SetMaxOpenConns(n)
 		db.SetMaxIdleConns(n)

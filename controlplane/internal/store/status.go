@@ -12,9 +12,38 @@ import (
 // transaction sees, and writes those that changed. Every transaction that changes a leaf, or opens or ends a leaf job,
 // ends with it.
 func (t *tx) restatus(certificateIDs []string, at time.Time) error {
-	ids := slices.Clone(certificateIDs)
+	if err := t.lockCertificates(certificateIDs); err != nil {
+		return err
+	}
+	return t.restatusLocked(certificateIDs, at, false)
+}
+
+// restatusLocked is restatus under the certificates' locks. always: the rows are written although nothing changed.
+func (t *tx) restatusLocked(certificateIDs []string, at time.Time, always bool) error {
+	return certificateChunks(certificateIDs, func(ids []string) error { return t.restatusChunk(ids, at, always) })
+}
+
+// lockCertificates keeps everybody else from changing leaves and status of the certificates until the commit. A
+// SERIALIZABLE transaction that waited here for one that wrote the row fails and is run again. SQLite has one writer.
+func (t *tx) lockCertificates(ids []string) error {
+	if t.s.d.name == nameSQLite {
+		return nil
+	}
+	return certificateChunks(ids, func(ids []string) error {
+		in, args := inList(1, ids)
+		return t.each("SELECT certificate.id FROM certificate WHERE certificate.id IN "+in+" ORDER BY certificate.id FOR UPDATE", args,
+			func(scan func(...any) error) error {
+				var id string
+				return scan(&id)
+			})
+	})
+}
+
+// certificateChunks calls fn with the ids, sorted and each once, so many at a time as one statement takes.
+func certificateChunks(ids []string, fn func(ids []string) error) error {
+	ids = slices.Clone(ids)
 	slices.Sort(ids)
-	return chunks(slices.Compact(ids), func(ids []string) error { return t.restatusChunk(ids, at) })
+	return chunks(slices.Compact(ids), fn)
 }
 
 type statusRow struct {
@@ -26,7 +55,7 @@ type statusRow struct {
 	renewing bool
 }
 
-func (t *tx) restatusChunk(ids []string, at time.Time) error {
+func (t *tx) restatusChunk(ids []string, at time.Time, always bool) error {
 	in, args := inList(1, ids)
 	found := map[string]*statusRow{}
 	err := t.each(`SELECT certificate.id, certificate.status, certificate.policy, certificate.not_after, certificate.status_at,
@@ -65,7 +94,7 @@ WHERE certificate.id IN `+in, args, func(scan func(...any) error) error {
 		status := domain.StatusOf(r.status, r.policy, r.leaves, r.renewing, at)
 		notAfter, statusAt := leafTimes(status, r.policy, r.leaves, at)
 		was := fromNull(r.statusAt)
-		if status != r.status || micro(notAfter) != r.notAfter || micro(statusAt) != micro(was) {
+		if always || status != r.status || micro(notAfter) != r.notAfter || micro(statusAt) != micro(was) {
 			v.add(id, string(status), micro(notAfter), nullMicro(statusAt))
 		}
 	}

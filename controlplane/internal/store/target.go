@@ -95,27 +95,3 @@ func (s *Store) TargetsOfAgent(ctx context.Context, agentID string) ([]domain.Ta
 	})
 	return all, err
 }
-
-// TargetsInUse returns, for those of the targets (ids) that hold a certificate, its name; Revoked and Archived ones hold
-// none. Of several at one target it is the last one ordered.
-func (s *Store) TargetsInUse(ctx context.Context, targetIDs []string) (map[string]string, error) {
-	if len(targetIDs) == 0 {
-		return map[string]string{}, nil
-	}
-	var held map[string]string
-	err := s.read(ctx, "target.in_use", func(t *tx) error {
-		names := map[string]string{}
-		in, args := inList(3, targetIDs)
-		err := t.each(`SELECT placement.target_id, certificate.name FROM placement JOIN certificate ON certificate.id = placement.certificate_id
-WHERE certificate.status NOT IN ($1, $2) AND placement.target_id IN `+in+" ORDER BY placement.target_id, placement.certificate_id",
-			append([]any{string(domain.CertificateRevoked), string(domain.CertificateArchived)}, args...), func(scan func(...any) error) error {
-				var target, name string
-				err := scan(&target, &name)
-				names[target] = name
-				return err
-			})
-		held = names
-		return err
-	})
-	return held, err
-}

@@ -115,8 +115,16 @@ func inList(first int, values []string) (text string, args []any) {
 	return b.String(), args
 }
 
-// valueList builds "WITH v(a, b) AS (VALUES (CAST($1 AS TEXT), CAST($2 AS BIGINT)), …)". It is filled up to a round number
-// of rows with rows of NULL, which match nothing; an INSERT … SELECT leaves them out by WHERE <key> IS NOT NULL.
+// valueList builds the rows of a statement as a common table v. On servers each column is one array:
+//
+//	WITH v(a, b) AS (SELECT * FROM unnest(CAST($1 AS TEXT[]), CAST($2 AS BIGINT[])))
+//
+// which is one text for any number of rows, planned once. SQLite has no arrays:
+//
+//	WITH v(a, b) AS (VALUES (CAST($1 AS TEXT), CAST($2 AS BIGINT)), …)
+//
+// filled up to a round number of rows with rows of NULL, which match nothing; an INSERT … SELECT leaves them out by
+// WHERE <key> IS NOT NULL.
 type valueList struct {
 	d     *dialect
 	names []string
@@ -158,8 +166,12 @@ func (v *valueList) add(args ...any) {
 
 // with returns the clause and fills args; call it once, after the last add and before arg.
 func (v *valueList) with() string {
+	head := "WITH v(" + strings.Join(v.names, ", ") + ") AS ("
+	if v.d.arrays {
+		return head + v.unnested() + ")"
+	}
 	var b strings.Builder
-	b.WriteString("WITH v(" + strings.Join(v.names, ", ") + ") AS (VALUES ")
+	b.WriteString(head + "VALUES ")
 	n := roundUp(v.rows)
 	for len(v.args) < n*len(v.names) {
 		v.args = append(v.args, nil)
@@ -182,6 +194,55 @@ func (v *valueList) with() string {
 	}
 	b.WriteString(")")
 	return b.String()
+}
+
+// unnested turns the rows into one array a column.
+func (v *valueList) unnested() string {
+	columns := make([]any, len(v.names))
+	parts := make([]string, len(v.names))
+	for c, word := range v.types {
+		switch word {
+		case "TEXT":
+			columns[c] = column[string](v, c)
+		case "BIGINT":
+			columns[c] = column[int64](v, c)
+		case "BOOLEAN":
+			columns[c] = column[bool](v, c)
+		default:
+			columns[c] = column[[]byte](v, c)
+		}
+		parts[c] = "CAST($" + strconv.Itoa(c+1) + " AS " + word + "[])"
+	}
+	v.args = columns
+	return "SELECT * FROM unnest(" + strings.Join(parts, ", ") + ")"
+}
+
+// column is column c of the rows: a []T, or a []*T where some are NULL.
+func column[T any](v *valueList, c int) any {
+	full := make([]T, v.rows)
+	nulls := false
+	for r := range v.rows {
+		switch x := v.args[r*len(v.names)+c].(type) {
+		case nil:
+			nulls = true
+		case T:
+			full[r] = x
+		case int:
+			full[r] = any(int64(x)).(T) //nolint:forcetypeassert // add has checked it
+		default:
+			panic(fmt.Sprintf("store: a %T in column %s, which is %s", x, v.names[c], v.types[c])) // a defect in a constant
+		}
+	}
+	if !nulls {
+		return full
+	}
+	some := make([]*T, v.rows)
+	for r := range v.rows {
+		if v.args[r*len(v.names)+c] != nil {
+			some[r] = &full[r]
+		}
+	}
+	return some
 }
 
 // arg appends a parameter after the list's own and returns its placeholder.

@@ -137,9 +137,10 @@ func acceptedAtLast(t *testing.T, w *World) {
 	for _, d := range w.Issue(t, jobs[0], epoch, "spki-1") {
 		w.fail(t, d.Job, w.Dispatch(t, d.Job, epoch), fault.Rejected)
 	}
-	served, jobs := w.Order(t, "served.test", domain.Policy{}, one.ID)
+	three, four := w.Target(t, a.ID, "three"), w.Target(t, a.ID, "four")
+	served, jobs := w.Order(t, "served.test", domain.Policy{}, three.ID)
 	w.Deploy(t, w.Issue(t, jobs[0], epoch, "spki-2")[0], epoch)
-	cancelled, jobs := w.Order(t, "cancelled.test", domain.Policy{}, one.ID)
+	cancelled, jobs := w.Order(t, "cancelled.test", domain.Policy{}, four.ID)
 	_, err := w.S.CancelJob(ctx, w.Issue(t, jobs[0], epoch, "spki-3")[0].Job.ID, w.Op())
 	must(t, err)
 	w.Pass(time.Minute)
@@ -167,8 +168,10 @@ func acceptedAtLast(t *testing.T, w *World) {
 	if got := due(); len(got) != 0 {
 		t.Fatalf("due: %+v", got)
 	}
-	refuse("target", one.ID)
-	must(t, w.S.ClearRejection(ctx, a.ID, "target", one.ID))
+	for _, g := range []domain.Target{one, three, four} {
+		refuse("target", g.ID)
+		must(t, w.S.ClearRejection(ctx, a.ID, "target", g.ID))
+	}
 	got := due()
 	if len(got) != 1 || got[0].CertificateID != failed.ID || got[0].TargetID != one.ID || !got[0].BackoffUntil.IsZero() || got[0].Failures != 1 {
 		t.Fatalf("due: %+v", got)

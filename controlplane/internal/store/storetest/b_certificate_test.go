@@ -3,8 +3,10 @@ package storetest_test
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -111,31 +113,43 @@ func TestCreateCertificateRefusals(t *testing.T) {
 	})
 }
 
-func TestTargetsInUse(t *testing.T) {
+func TestTargetHoldsOneCertificate(t *testing.T) {
 	each(t, func(t *testing.T, x *estate) {
 		a := x.agent("web")
 		t1, t2, free := x.target(a, "t1"), x.target(a, "t2"), x.target(x.agent("web-b"), "free")
 		old, _ := x.create(x.order("old", t1))
-		both, _ := x.create(x.order("both", t1, t2))
-		all := []string{free.ID, t2.ID, t1.ID, "tgt_none"}
-		held := func() map[string]string {
-			t.Helper()
-			names, err := x.TargetsInUse(x.ctx, all)
-			x.must(err)
-			return names
+		x.create(x.order("other", free))
+		_, _, err := x.CreateCertificate(x.ctx, x.order("both", t1, t2))
+		refused(t, err, fault.Conflict, `target "t1" holds certificate "old"`)
+		x.create(x.order("two", t2)) // the refused order took nothing
+		_, _, err = x.RevokeCertificate(x.ctx, old.ID, 0, x.op())
+		x.must(err)
+		next, _ := x.create(x.order("next", t1))
+		_, err = x.sql().ExecContext(x.ctx, "UPDATE certificate SET status = $1 WHERE id = $2", string(domain.CertificateArchived), next.ID)
+		x.must(err)
+		x.create(x.order("last", t1))
+	})
+}
+
+// TestOneOfManyOrdersTakesTheTarget: orders at once do not both find it free.
+func TestOneOfManyOrdersTakesTheTarget(t *testing.T) {
+	each(t, func(t *testing.T, x *estate) {
+		g := x.target(x.agent("web"), "t1")
+		var won atomic.Int64
+		var wg sync.WaitGroup
+		for i := range 8 {
+			n := x.order("c"+strconv.Itoa(i), g)
+			wg.Go(func() {
+				switch _, _, err := x.CreateCertificate(x.ctx, n); {
+				case err == nil:
+					won.Add(1)
+				case !fault.Is(err, fault.Conflict):
+					t.Error(err)
+				}
+			})
 		}
-		same(t, "of two the last", held(), map[string]string{t1.ID: "both", t2.ID: "both"})
-		_, _, err := x.RevokeCertificate(x.ctx, both.ID, 0, x.op())
-		x.must(err)
-		same(t, "after a revocation", held(), map[string]string{t1.ID: "old"})
-		_, err = x.sql().ExecContext(x.ctx, "UPDATE certificate SET status = $1 WHERE id = $2", string(domain.CertificateArchived), old.ID)
-		x.must(err)
-		same(t, "after archiving", held(), map[string]string{})
-		x.create(x.order("new", t1))
-		same(t, "ordered anew", held(), map[string]string{t1.ID: "new"})
-		none, err := x.TargetsInUse(x.ctx, nil)
-		x.must(err)
-		same(t, "of none", none, map[string]string{})
+		wg.Wait()
+		same(t, "orders that were taken", won.Load(), int64(1))
 	})
 }
 

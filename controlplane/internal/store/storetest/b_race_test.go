@@ -41,13 +41,14 @@ func TestRetireAgainstTheRest(t *testing.T) {
 	t.Parallel()
 	storetest.Each(t, func(t *testing.T, e storetest.Engine) {
 		x := newEstate(t, e)
-		other := x.target(x.agent("other"), "other")
+		second := x.agent("other")
 		for i := range 12 {
+			other := x.target(second, fmt.Sprintf("other%d", i))
 			a := x.agent(fmt.Sprintf("web-%d", i))
-			g := x.target(a, fmt.Sprintf("t%d", i))
+			g, late := x.target(a, fmt.Sprintf("t%d", i)), x.target(a, fmt.Sprintf("late%d", i))
 			c, _ := x.create(x.order(fmt.Sprintf("site-%d", i), g, other))
 			x.issue(c, a.ID, fmt.Sprintf("a%d", i), 1, x.now.Add(time.Hour))
-			n := x.order(fmt.Sprintf("late-%d", i), g)
+			n := x.order(fmt.Sprintf("late-%d", i), late)
 			hello := domain.SessionOpen{AgentID: a.ID, Node: "n1", BootID: "b", Protocol: 1, IdentitySerial: fmt.Sprintf("i%d", i), At: x.now}
 			x.must(x.RecordIdentity(x.ctx, domain.Identity{Serial: hello.IdentitySerial, AgentID: a.ID, SPKI: "s"}, x.op()))
 			together(t,

@@ -61,10 +61,10 @@ func TestCutAnywhere(t *testing.T) {
 	Each(t, func(t *testing.T, e Engine) {
 		w := NewWorld(t, e)
 		a := w.Agent(t, "web1")
-		one, two := w.Target(t, a.ID, "one"), w.Target(t, a.ID, "two")
 		at := 0
 		for done := false; !done; {
 			at++
+			one, two := w.Target(t, a.ID, fmt.Sprintf("one%d", at)), w.Target(t, a.ID, fmt.Sprintf("two%d", at))
 			n := w.order(fmt.Sprintf("c%d.test", at), one.ID, two.ID)
 			n.RequestID = id.New(id.Request)
 			cut := &Cutter{}

@@ -73,12 +73,10 @@ func hotFlow(t *testing.T, w *World) {
 	ctx := t.Context()
 	a := w.Agent(t, "hot")
 	g := w.Target(t, a.ID, "hot")
-	_, err := w.S.TargetsInUse(ctx, []string{g.ID})
-	must(t, err)
 	c, jobs := w.Order(t, "hot.test", domain.Policy{}, g.ID)
 	session := w.Open(t, a.ID, "n1")
 	d := w.Issue(t, jobs[0], session.Epoch, "key")[0]
-	_, err = w.S.OpenWork(ctx, []string{a.ID})
+	_, err := w.S.OpenWork(ctx, []string{a.ID})
 	must(t, err)
 	w.Deploy(t, d, session.Epoch)
 	_, err = w.S.Settlements(ctx, a.ID, []domain.JobRef{{JobID: d.Job.ID, Attempt: 1}})

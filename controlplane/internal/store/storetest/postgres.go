@@ -184,8 +184,8 @@ func startPostgres(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	// A Unix socket's path has at most 107 bytes.
-	if server.dir, err = os.MkdirTemp("/tmp", "cmpg"); err != nil {
+	// Not in the test's folder: a Unix socket's path has at most 107 bytes.
+	if server.dir, err = os.MkdirTemp("", "cmpg"); err != nil {
 		return "", err
 	}
 	if cred != nil {

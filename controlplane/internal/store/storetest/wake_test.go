@@ -19,10 +19,10 @@ func TestWakeUpMissesNothing(t *testing.T) {
 		ctx := t.Context()
 		a := w.Agent(t, "web1")
 		w.Open(t, a.ID, "n0")
-		g := w.Target(t, a.ID, "one")
 		doubles := 0
 		for i := range races {
 			node := fmt.Sprintf("n%d", i+1)
+			g := w.Target(t, a.ID, fmt.Sprintf("t%d", i))
 			var job string
 			var woken domain.Session
 			var loaded []domain.Work
