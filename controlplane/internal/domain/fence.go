@@ -14,7 +14,8 @@ package domain
 //	version        (issuer, serial);                       issue, after signing                    insert consumes the intent; the certificate
 //	               (certificate, agent, generation)                                                leaves the process only after this commit
 //	leaf           (certificate, agent)                    issue and the renewal duty              changed with the job or version it follows
-//	placement      (certificate, target)                   deploy results                          attempt of its job
+//	placement      (certificate, target)                   deploy results; observations            attempt of its job; the generation that was
+//	                                                                                               deployed, and no deployment open
 //	audit          id                                      everyone, insert only                   –
 //
 // attempt is the fencing token and rises at every dispatch; tries is what is counted against the maximum and rises when

@@ -90,7 +90,7 @@ func (k JobKind) InitialState() JobState {
 type PlacementState string
 
 const (
-	PlacementPending   PlacementState = "Pending"   // nothing deployed yet
+	PlacementPending   PlacementState = "Pending"   // nothing deployed yet, or changed by others since (DriftedAt)
 	PlacementInstalled PlacementState = "Installed" // read back by Current, but not probed (no verify address)
 	PlacementServed    PlacementState = "Served"    // seen in a TLS handshake
 	PlacementFailed    PlacementState = "Failed"    // the last deployment failed for good; the duty tries again

@@ -174,7 +174,9 @@ type Placement struct {
 	Failures                                int
 	BackoffUntil                            time.Time
 	LastError                               string
-	UpdatedAt                               time.Time
+	// DriftedAt is when its agent found that somebody had changed it; zero: it is as the last deployment left it.
+	DriftedAt time.Time
+	UpdatedAt time.Time
 }
 
 // Job is a unit of work with one owner.

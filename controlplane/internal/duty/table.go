@@ -250,6 +250,9 @@ func (d Deps) retention(ctx context.Context, f domain.Fence, now time.Time) (tim
 }
 
 func placementReason(p domain.DuePlacement) string {
+	if !p.Placement.DriftedAt.IsZero() {
+		return fmt.Sprintf("it was found changed at %s", p.Placement.DriftedAt.UTC().Format(time.RFC3339))
+	}
 	if p.Placement.InstalledGeneration >= p.Wanted {
 		return fmt.Sprintf("the last deployment of generation %d failed", p.Wanted)
 	}

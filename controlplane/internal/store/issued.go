@@ -301,6 +301,16 @@ func (t *tx) deployIssued(items []domain.Issued, good, before []int, outs []doma
 			if at.isDue {
 				due[key] = time.Time{}
 			}
+			if at.hasOpen && at.open.Kind == domain.JobValidation {
+				// What it would look for is not wanted any more.
+				op := domain.Op{Actor: "node:" + t.s.cfg.NodeID, RequestID: it.RequestID, At: it.At}
+				gone := cancelled(at.open, "a newer generation was issued", op)
+				changes = append(changes, change{at.open, gone})
+				if err := t.auditOp(op, "job.cancelled", "job/"+gone.ID, map[string]string{"certificate": v.CertificateID, "reason": gone.Error}); err != nil {
+					return err
+				}
+				at.hasOpen = false
+			}
 			switch {
 			case at.hasOpen:
 				moved := at.open

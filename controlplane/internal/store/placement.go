@@ -23,6 +23,7 @@ type placementState struct {
 	wanted    int64
 	revoked   bool
 	enabled   bool
+	probed    bool // the target has a verify address
 }
 
 func (t *tx) placementStates(keys []placementID) (map[placementID]placementState, error) {
@@ -32,16 +33,17 @@ func (t *tx) placementStates(keys []placementID) (map[placementID]placementState
 		for _, k := range keys {
 			v.add(k.certificateID, k.targetID)
 		}
-		return t.each(v.with()+" SELECT "+placementColumns+`, leaf.current_generation, leaf.revoked, target.enabled
+		return t.each(v.with()+" SELECT "+placementColumns+`, leaf.current_generation, leaf.revoked, target.enabled, target.verify_address
 FROM v JOIN placement ON placement.certificate_id = v.c AND placement.target_id = v.x
 JOIN leaf ON leaf.certificate_id = placement.certificate_id AND leaf.agent_id = placement.agent_id
 JOIN target ON target.id = placement.target_id`, v.args, func(scan func(...any) error) error {
 			var p placementRow
 			var s placementState
-			if err := scan(append(p.dest(), &s.wanted, &s.revoked, &s.enabled)...); err != nil {
+			var address string
+			if err := scan(append(p.dest(), &s.wanted, &s.revoked, &s.enabled, &address)...); err != nil {
 				return err
 			}
-			s.placement = p.toDomain()
+			s.placement, s.probed = p.toDomain(), address != ""
 			found[placementID{s.placement.CertificateID, s.placement.TargetID}] = s
 			return nil
 		})
@@ -50,7 +52,7 @@ JOIN target ON target.id = placement.target_id`, v.args, func(scan func(...any) 
 }
 
 // restPlacements counts a failure, or a cancellation (which counts nothing and rests an hour), and makes the placements
-// due again.
+// due again. A validation counts nothing either way: that it found something else is drift.
 func (t *tx) restPlacements(ended []domain.Job) error {
 	var keys []placementID
 	for _, j := range ended {
@@ -60,29 +62,40 @@ func (t *tx) restPlacements(ended []domain.Job) error {
 	if err != nil {
 		return err
 	}
-	v := t.values("c text, x text, state text, failures int, until int, due int, error text, at int")
+	v := t.values("c text, x text, state text, failures int, until int, drifted int, due int, error text, at int")
 	for i, j := range ended {
 		s, ok := states[keys[i]]
 		if !ok {
 			continue
 		}
 		p := s.placement
-		if j.State == domain.JobFailed {
-			p.Failures++
-			p.State = domain.PlacementFailed
+		switch {
+		case j.Kind == domain.JobValidation:
+			if j.State == domain.JobFailed && j.ErrorClass == string(fault.Conflict) {
+				if err := t.auditDrift(p, j.Generation, j.Error, j.RequestID, j.FinishedAt); err != nil {
+					return err
+				}
+				p = p.Drifted(j.Error, j.FinishedAt)
+			}
+		default:
+			if j.State == domain.JobFailed {
+				p.Failures++
+				p.State = domain.PlacementFailed
+			}
+			p.BackoffUntil, p.LastError = domain.Micro(j.FinishedAt.Add(domain.FailureBackoff(max(p.Failures, 1)))), j.Error
 		}
-		until := domain.Micro(j.FinishedAt.Add(domain.FailureBackoff(max(p.Failures, 1))))
 		var due any
-		if !s.revoked && (p.InstalledGeneration < s.wanted || p.State == domain.PlacementFailed) {
-			due = micro(until)
+		if !s.revoked && p.Lags(s.wanted) {
+			due = micro(p.DueAt(j.FinishedAt))
 		}
-		v.add(j.CertificateID, j.TargetID, string(p.State), p.Failures, micro(until), due, j.Error, micro(j.FinishedAt))
+		v.add(j.CertificateID, j.TargetID, string(p.State), p.Failures, micro(p.BackoffUntil), micro(p.DriftedAt), due, p.LastError, micro(j.FinishedAt))
 	}
 	if v.rows == 0 {
 		return nil
 	}
 	_, err = t.exec(v.with()+`
-UPDATE placement SET state = v.state, failures = v.failures, backoff_until = v.until, due_at = v.due, last_error = v.error, updated_at = v.at
+UPDATE placement SET state = v.state, failures = v.failures, backoff_until = v.until, drifted_at = v.drifted, due_at = v.due,
+ last_error = v.error, updated_at = v.at
 FROM v WHERE placement.certificate_id = v.c AND placement.target_id = v.x`, v.args...)
 	return err
 }
@@ -160,7 +173,7 @@ func (s *Store) CreateDeployments(ctx context.Context, f domain.Fence, items []d
 				outs[i].Err = fault.New(fault.Conflict, "nothing is issued yet for certificate %s at target %s", n.CertificateID, n.TargetID)
 				due[keys[i]] = time.Time{}
 				continue
-			case st.revoked || st.placement.InstalledGeneration >= st.wanted && st.placement.State != domain.PlacementFailed:
+			case st.revoked || !st.placement.Lags(st.wanted):
 				outs[i].Err = fault.New(fault.Conflict, "target %s needs no deployment of certificate %s", n.TargetID, n.CertificateID)
 				due[keys[i]] = time.Time{}
 				continue
@@ -211,7 +224,8 @@ UPDATE placement SET due_at = v.due FROM v WHERE placement.certificate_id = v.c 
 	})
 }
 
-// CompleteDeployments records successes: the job is Completed, and the placement Served (probed) or Installed. The
+// CompleteDeployments records successes of deployments and validations: the job is Completed, and the placement Served
+// (probed) or Installed. One that had drifted is restored, which is remembered for an hour (see domain.DriftMemory). The
 // reported fingerprints must be those of the job's version (Invalid; nothing is changed, fail the job). When a newer
 // generation has been issued meanwhile the placement is due at once. A result that was recorded before is a Conflict whose
 // Settlement says what to tell the agent.
@@ -225,6 +239,7 @@ type deployment struct {
 	fingerprint string
 	wanted      int64
 	revoked     bool
+	drifted     bool
 }
 
 func (t *tx) deployments(items []domain.DeployResult) (map[string]deployment, error) {
@@ -234,15 +249,17 @@ func (t *tx) deployments(items []domain.DeployResult) (map[string]deployment, er
 	}
 	found := make(map[string]deployment, len(items))
 	err := t.each(v.with()+" SELECT "+jobColumns+`, COALESCE(version.fingerprint, ''), COALESCE(leaf.current_generation, 0),
- CASE WHEN leaf.revoked THEN 1 ELSE 0 END
+ CASE WHEN leaf.revoked THEN 1 ELSE 0 END, COALESCE(placement.drifted_at, 0)
 FROM v JOIN job ON job.id = v.k
 LEFT JOIN version ON version.certificate_id = job.certificate_id AND version.agent_id = job.agent_id AND version.generation = job.generation
-LEFT JOIN leaf ON leaf.certificate_id = job.certificate_id AND leaf.agent_id = job.agent_id`, v.args, func(scan func(...any) error) error {
+LEFT JOIN leaf ON leaf.certificate_id = job.certificate_id AND leaf.agent_id = job.agent_id
+LEFT JOIN placement ON placement.certificate_id = job.certificate_id AND placement.target_id = job.target_id`, v.args, func(scan func(...any) error) error {
 		var j jobRow
 		var d deployment
 		var revoked int
-		err := scan(append(j.dest(), &d.fingerprint, &d.wanted, &revoked)...)
-		d.job, d.revoked = j.toDomain(), revoked == 1
+		var drifted int64
+		err := scan(append(j.dest(), &d.fingerprint, &d.wanted, &revoked, &drifted)...)
+		d.job, d.revoked, d.drifted = j.toDomain(), revoked == 1, drifted > 0
 		found[d.job.ID] = d
 		return err
 	})
@@ -252,11 +269,11 @@ LEFT JOIN leaf ON leaf.certificate_id = job.certificate_id AND leaf.agent_id = j
 func (d deployment) check(r domain.DeployResult) error {
 	switch {
 	case forLeaf(d.job.Kind):
-		return fault.New(fault.Conflict, "job %s deploys nothing", d.job.ID)
+		return fault.New(fault.Conflict, "job %s is not about a target", d.job.ID)
 	case d.fingerprint == "" || !strings.EqualFold(r.InstalledFingerprint, d.fingerprint):
-		return fault.InvalidField("installed_fingerprint", "is not the certificate of generation %d that job %s installs", d.job.Generation, d.job.ID)
+		return fault.InvalidField("installed_fingerprint", "is not the certificate of generation %d that job %s is about", d.job.Generation, d.job.ID)
 	case r.ServedFingerprint != "" && !strings.EqualFold(r.ServedFingerprint, d.fingerprint):
-		return fault.InvalidField("served_fingerprint", "is not the certificate of generation %d that job %s installs", d.job.Generation, d.job.ID)
+		return fault.InvalidField("served_fingerprint", "is not the certificate of generation %d that job %s is about", d.job.Generation, d.job.ID)
 	}
 	return nil
 }
@@ -275,7 +292,7 @@ func (s *Store) completeAll(ctx context.Context, items []domain.DeployResult) ([
 		outs, done = make([]domain.DeployOutcome, len(items)), nil
 		var changes []change
 		var owners []placementOwner
-		v := t.values("c text, x text, state text, g int, served int, finger text, served_finger text, served_at int, due int, at int")
+		v := t.values("c text, x text, state text, g int, served int, finger text, served_finger text, served_at int, due int, look int, memory int, at int")
 		for i, r := range items {
 			d, ok := found[r.JobID]
 			d.job.ID = r.JobID
@@ -305,13 +322,23 @@ func (s *Store) completeAll(ctx context.Context, items []domain.DeployResult) ([
 				due = micro(r.At)
 			}
 			v.add(after.CertificateID, after.TargetID, string(state), after.Generation, boolInt(state == domain.PlacementServed), d.fingerprint,
-				strings.ToLower(r.ServedFingerprint), micro(servedAt), due, micro(r.At))
-			err := t.audit(domain.AuditEvent{At: r.At, Actor: "agent:" + r.AgentID, Action: "certificate.deployed",
-				Resource: "certificate/" + after.CertificateID, RequestID: after.RequestID, Detail: map[string]string{
-					"job": after.ID, "target": after.TargetID, "agent": after.AgentID, "state": string(state), "address": r.Address,
-					"generation": strconv.FormatInt(after.Generation, 10), "fingerprint": d.fingerprint}})
-			if err != nil {
-				return err
+				strings.ToLower(r.ServedFingerprint), micro(servedAt), due, boolInt(after.Kind == domain.JobValidation),
+				micro(r.At.Add(domain.DriftMemory)), micro(r.At))
+			actions := []string{"certificate.deployed"}
+			if after.Kind == domain.JobValidation {
+				actions[0] = "certificate.verified"
+			}
+			if d.drifted {
+				actions = append(actions, "placement.restored")
+			}
+			for _, action := range actions {
+				err := t.audit(domain.AuditEvent{At: r.At, Actor: "agent:" + r.AgentID, Action: action,
+					Resource: "certificate/" + after.CertificateID, RequestID: after.RequestID, Detail: map[string]string{
+						"job": after.ID, "target": after.TargetID, "agent": after.AgentID, "state": string(state), "address": r.Address,
+						"generation": strconv.FormatInt(after.Generation, 10), "fingerprint": d.fingerprint}})
+				if err != nil {
+					return err
+				}
 			}
 		}
 		if len(changes) > 0 {
@@ -327,7 +354,10 @@ UPDATE placement SET state = v.state, installed_generation = v.g, installed_fing
  served_generation = CASE WHEN v.served = 1 THEN v.g ELSE placement.served_generation END,
  served_fingerprint = CASE WHEN v.served = 1 THEN v.served_finger ELSE placement.served_fingerprint END,
  served_at = CASE WHEN v.served = 1 THEN v.served_at ELSE placement.served_at END,
- due_at = v.due, failures = 0, backoff_until = 0, last_error = '', updated_at = v.at
+ due_at = CASE WHEN v.look = 1 AND v.due < placement.backoff_until THEN placement.backoff_until ELSE v.due END,
+ failures = CASE WHEN placement.drifted_at > 0 OR v.look = 1 THEN placement.failures ELSE 0 END,
+ backoff_until = CASE WHEN placement.drifted_at > 0 THEN v.memory WHEN v.look = 1 THEN placement.backoff_until ELSE 0 END,
+ last_error = CASE WHEN v.look = 1 AND v.due IS NOT NULL THEN placement.last_error ELSE '' END, drifted_at = 0, updated_at = v.at
 FROM v WHERE placement.certificate_id = v.c AND placement.target_id = v.x`, v.args...); err != nil {
 				return err
 			}

@@ -74,22 +74,23 @@ func scanLeaf(scan scanner) (domain.Leaf, error) {
 
 const placementColumns = `placement.certificate_id, placement.target_id, placement.agent_id, placement.state,
  placement.installed_generation, placement.served_generation, placement.installed_fingerprint, placement.served_fingerprint,
- placement.served_at, placement.failures, placement.backoff_until, placement.last_error, placement.updated_at`
+ placement.served_at, placement.failures, placement.backoff_until, placement.last_error, placement.drifted_at, placement.updated_at`
 
 type placementRow struct {
 	domain.Placement
-	servedAt, backoff, updatedAt int64
+	servedAt, backoff, driftedAt, updatedAt int64
 }
 
 func (r *placementRow) dest() []any {
 	return []any{&r.CertificateID, &r.TargetID, &r.AgentID, &r.State,
 		&r.InstalledGeneration, &r.ServedGeneration, &r.InstalledFingerprint, &r.ServedFingerprint,
-		&r.servedAt, &r.Failures, &r.backoff, &r.LastError, &r.updatedAt}
+		&r.servedAt, &r.Failures, &r.backoff, &r.LastError, &r.driftedAt, &r.updatedAt}
 }
 
 func (r *placementRow) toDomain() domain.Placement {
 	p := r.Placement
 	p.ServedAt, p.BackoffUntil, p.UpdatedAt = fromMicro(r.servedAt), fromMicro(r.backoff), fromMicro(r.updatedAt)
+	p.DriftedAt = fromMicro(r.driftedAt)
 	return p
 }
 

@@ -258,7 +258,7 @@ UNION ALL SELECT intent.id FROM intent LEFT JOIN version ON intent.certificate_i
  AND audit.detail LIKE '%"serial":"' || version.serial || '"%')`},
 	{"every end of a deployment is in the trail once",
 		`SELECT job.id FROM job WHERE job.target_id <> '' AND job.state IN ('Completed', 'Failed', 'Cancelled') AND 1 <> (SELECT COUNT(*) FROM audit
- WHERE audit.action IN ('certificate.deployed', 'job.failed', 'job.reaped', 'job.cancelled') AND audit.detail LIKE '%' || job.id || '%'
+ WHERE audit.action IN ('certificate.deployed', 'certificate.verified', 'job.failed', 'job.reaped', 'job.cancelled') AND audit.detail LIKE '%' || job.id || '%'
  OR audit.action IN ('job.cancelled') AND audit.resource = 'job/' || job.id AND audit.detail NOT LIKE '%' || job.id || '%')`},
 	{"the leaf's current version exists and is its newest",
 		`SELECT leaf.certificate_id FROM leaf WHERE leaf.current_generation <> COALESCE((SELECT MAX(version.generation) FROM version
