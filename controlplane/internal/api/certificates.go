@@ -15,16 +15,27 @@ import (
 )
 
 func (a certificates) ListCertificates(ctx context.Context, r *operatorpb.ListCertificatesRequest) (*operatorpb.ListCertificatesResponse, error) {
-	all, counts, next, err := a.Store.Certificates(ctx, domain.CertificateFilter{
-		Status: domain.CertificateStatus(r.GetStatus()), IssuerID: r.GetIssuerId(), ProfileID: r.GetProfileId(),
-		AgentID: r.GetAgentId(), Owner: r.GetOwner(), NamePrefix: r.GetNamePrefix(),
-	}, pageOf(r.GetPage()))
+	all, counts, next, err := a.Store.Certificates(ctx, certificateFilter(r), pageOf(r.GetPage()))
 	if err != nil {
 		return nil, err
 	}
 	return &operatorpb.ListCertificatesResponse{NextCursor: next, Certificates: each(all, func(c domain.Certificate) *operatorpb.Certificate {
 		return certificatePB(c, counts[c.ID])
 	})}, nil
+}
+
+func certificateFilter(r *operatorpb.ListCertificatesRequest) domain.CertificateFilter {
+	f := domain.CertificateFilter{
+		Status: domain.CertificateStatus(r.GetStatus()), IssuerID: r.GetIssuerId(), ProfileID: r.GetProfileId(),
+		AgentID: r.GetAgentId(), Owner: r.GetOwner(), NamePrefix: r.GetNamePrefix(), Sort: r.GetSort(),
+	}
+	if t := r.GetExpiresBefore(); t != nil {
+		f.ExpiresBefore = t.AsTime()
+	}
+	if t := r.GetExpiresAfter(); t != nil {
+		f.ExpiresAfter = t.AsTime()
+	}
+	return f
 }
 
 func (a certificates) GetCertificate(ctx context.Context, r *operatorpb.GetCertificateRequest) (*operatorpb.GetCertificateResponse, error) {

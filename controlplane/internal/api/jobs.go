@@ -9,13 +9,15 @@ import (
 )
 
 func (a jobs) ListJobs(ctx context.Context, r *operatorpb.ListJobsRequest) (*operatorpb.ListJobsResponse, error) {
-	all, next, err := a.Store.Jobs(ctx, domain.JobFilter{
-		State: domain.JobState(r.GetState()), CertificateID: r.GetCertificateId(), AgentID: r.GetAgentId(), Open: r.GetOpen(),
-	}, pageOf(r.GetPage()))
+	all, next, err := a.Store.Jobs(ctx, jobFilter(r), pageOf(r.GetPage()))
 	if err != nil {
 		return nil, err
 	}
 	return &operatorpb.ListJobsResponse{Jobs: each(all, jobPB), NextCursor: next}, nil
+}
+
+func jobFilter(r *operatorpb.ListJobsRequest) domain.JobFilter {
+	return domain.JobFilter{State: domain.JobState(r.GetState()), CertificateID: r.GetCertificateId(), AgentID: r.GetAgentId(), Open: r.GetOpen()}
 }
 
 func (a jobs) GetJob(ctx context.Context, r *operatorpb.GetJobRequest) (*operatorpb.GetJobResponse, error) {

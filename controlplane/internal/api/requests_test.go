@@ -13,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/certmesh/certmesh/controlplane/internal/authz"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
@@ -132,6 +133,15 @@ func badRequests() []badRequest {
 		{"negative uses", &operatorpb.CreateJoinTokenRequest{MaxUses: -1}, "max_uses", "1 to 100000"},
 		{"label key", &operatorpb.CreateJoinTokenRequest{Labels: map[string]string{"a b": "c"}}, "labels", "label's key"},
 		{"label value", &operatorpb.CreateJoinTokenRequest{Labels: map[string]string{"a": strings.Repeat("c", 256)}}, "labels.a", "255"},
+		{"no order", &operatorpb.ListCertificatesRequest{Sort: "owner"}, "sort", "use created, name or not_after"},
+		{"order without index", &operatorpb.ListCertificatesRequest{IssuerId: "corp", Sort: "name"}, "sort", "issuer_id by created;"},
+		{"filters without index", &operatorpb.ListCertificatesRequest{AgentId: "web1", Status: "Failed"}, "agent_id", "owner+status by created;"},
+		{"prefix and owner", &operatorpb.ListCertificatesRequest{NamePrefix: "w", Owner: "red"}, "name_prefix", "not indexed together with owner"},
+		{"expiry of an agent", &operatorpb.ListCertificatesRequest{AgentId: "web1", ExpiresBefore: timestamppb.New(start)}, "expires_before", "not indexed together with agent_id"},
+		{"no such expiry", &operatorpb.ListCertificatesRequest{ExpiresAfter: timestamppb.New(start), ExpiresBefore: timestamppb.New(start)}, "expires_before", "not after expires_after"},
+		{"time out of range", &operatorpb.ListCertificatesRequest{ExpiresAfter: &timestamppb.Timestamp{Seconds: math.MaxInt64}}, "expires_after", "not a time"},
+		{"state of an agent", &operatorpb.ListJobsRequest{AgentId: "web1", State: "Running"}, "state", "use open"},
+		{"jobs without index", &operatorpb.ListJobsRequest{AgentId: "web1", CertificateId: "www"}, "agent_id", "certificate_id+open"},
 		{"job state", &operatorpb.ListJobsRequest{State: "Done"}, "state", "Completed"},
 		{"job", &operatorpb.GetJobRequest{}, "id", "is empty"},
 		{"cancel", &operatorpb.CancelJobRequest{}, "id", "is empty"},

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/certmesh/certmesh/controlplane/internal/authz"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
@@ -108,6 +109,9 @@ func textAt(m protoreflect.Message, path string) []string {
 			if d, ok := v.Message().Interface().(*durationpb.Duration); ok {
 				out = append(out, d.AsDuration().String())
 			}
+			if at, ok := v.Message().Interface().(*timestamppb.Timestamp); ok {
+				out = append(out, at.AsTime().Format(time.RFC3339Nano))
+			}
 		default:
 			out = append(out, fmt.Sprint(v.Interface()))
 		}
@@ -165,6 +169,31 @@ func listed(req proto.Message, filters func(r *rig) map[string]string) trip {
 	}
 }
 
+// inTurn is the trip of a list whose filters do not all go together: each request of the same kind brings some of them. The
+// first has the page.
+func inTurn(filters func(r *rig) map[string]string, reqs ...proto.Message) trip {
+	return func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
+		sent, seen := []proto.Message{}, map[string]string{}
+		for _, req := range reqs {
+			one, some := listed(req, filters)(t, r)
+			sent = append(sent, one...)
+			for field, v := range some {
+				if v != "" && seen[field] == "" {
+					seen[field] = v
+				}
+			}
+		}
+		return sent, seen
+	}
+}
+
+func timeText(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.Format(time.RFC3339Nano)
+}
+
 // listened makes the rig's store copy the next page request to p.
 func (r *rig) listened(p *domain.PageRequest) {
 	r.store.mu.Lock()
@@ -185,12 +214,13 @@ var roundTrips = map[string]trip{
 	"GetIssuerRequest":          byID[*operatorpb.GetIssuerResponse](&operatorpb.GetIssuerRequest{Id: issuerID}, "issuer.id"),
 	"GetTargetRequest":          byID[*operatorpb.GetTargetResponse](&operatorpb.GetTargetRequest{Id: webTarget}, "target.id"),
 
-	"ListCertificatesRequest": listed(&operatorpb.ListCertificatesRequest{Page: aPage, Status: "Expiring", IssuerId: issuerID, ProfileId: "tls-server",
-		AgentId: "web1", Owner: "web team", NamePrefix: "w"}, func(r *rig) map[string]string {
+	"ListCertificatesRequest": inTurn(func(r *rig) map[string]string {
 		f := r.store.certFilter
 		return map[string]string{"status": string(f.Status), "issuer_id": f.IssuerID, "profile_id": f.ProfileID, "agent_id": f.AgentID,
-			"owner": f.Owner, "name_prefix": f.NamePrefix}
-	}),
+			"owner": f.Owner, "name_prefix": f.NamePrefix, "sort": f.Sort, "expires_before": timeText(f.ExpiresBefore), "expires_after": timeText(f.ExpiresAfter)}
+	}, &operatorpb.ListCertificatesRequest{Page: aPage, Status: "Expiring", Owner: "web team", Sort: "-created"}, &operatorpb.ListCertificatesRequest{IssuerId: issuerID},
+		&operatorpb.ListCertificatesRequest{ProfileId: "tls-server"}, &operatorpb.ListCertificatesRequest{AgentId: "web1"}, &operatorpb.ListCertificatesRequest{NamePrefix: "w"},
+		&operatorpb.ListCertificatesRequest{ExpiresBefore: timestamppb.New(start), ExpiresAfter: timestamppb.New(start.Add(-time.Hour))}),
 	"ListVersionsRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
 		sent, seen := listed(&operatorpb.ListVersionsRequest{CertificateId: certID, Page: aPage}, nil)(t, r)
 		all := must[*operatorpb.ListVersionsResponse](t)(r.certificates().ListVersions(r.as(t, authz.Viewer), &operatorpb.ListVersionsRequest{CertificateId: certID}))
@@ -202,10 +232,10 @@ var roundTrips = map[string]trip{
 	"ListAgentsRequest": listed(&operatorpb.ListAgentsRequest{Page: aPage, State: "Offline"}, func(r *rig) map[string]string {
 		return map[string]string{"state": string(r.store.agentState)}
 	}),
-	"ListJobsRequest": listed(&operatorpb.ListJobsRequest{Page: aPage, State: "Running", CertificateId: certID, AgentId: webAgent, Open: true}, func(r *rig) map[string]string {
+	"ListJobsRequest": inTurn(func(r *rig) map[string]string {
 		f := r.store.jobFilter
-		return map[string]string{"state": string(f.State), "certificate_id": f.CertificateID, "agent_id": f.AgentID, "open": fmt.Sprint(f.Open)}
-	}),
+		return map[string]string{"state": string(f.State), "certificate_id": f.CertificateID, "agent_id": f.AgentID, "open": map[bool]string{true: "true"}[f.Open]}
+	}, &operatorpb.ListJobsRequest{Page: aPage, State: "Running", Open: true}, &operatorpb.ListJobsRequest{CertificateId: certID}, &operatorpb.ListJobsRequest{AgentId: webAgent}),
 	"ListJoinTokensRequest": listed(&operatorpb.ListJoinTokensRequest{Page: &operatorpb.Page{Size: 17, Cursor: "a"}}, nil),
 	"ListIssuersRequest":    listed(&operatorpb.ListIssuersRequest{Page: aPage}, nil),
 	"ListProfilesRequest":   listed(&operatorpb.ListProfilesRequest{Page: aPage}, nil),

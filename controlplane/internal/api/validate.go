@@ -16,6 +16,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/certmesh/certmesh/controlplane/internal/ca"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
@@ -59,7 +60,7 @@ func validate(m proto.Message) error {
 	}
 	switch r := m.(type) {
 	case *operatorpb.ListCertificatesRequest:
-		return first(page(r.GetPage()), oneOf("status", r.GetStatus(), certificateStatuses))
+		return validateCertificateList(r)
 	case *operatorpb.GetCertificateRequest:
 		return ref("id", r.GetId())
 	case *operatorpb.CreateCertificateRequest:
@@ -90,7 +91,8 @@ func validate(m proto.Message) error {
 	case *operatorpb.RevokeJoinTokenRequest:
 		return ref("id", r.GetId())
 	case *operatorpb.ListJobsRequest:
-		return first(page(r.GetPage()), oneOf("state", r.GetState(), jobStates))
+		_, err := jobFilter(r).Listing()
+		return first(page(r.GetPage()), oneOf("state", r.GetState(), jobStates), err)
 	case *operatorpb.GetJobRequest:
 		return ref("id", r.GetId())
 	case *operatorpb.CancelJobRequest:
@@ -138,6 +140,19 @@ func first(errs ...error) error {
 		}
 	}
 	return nil
+}
+
+func validateCertificateList(r *operatorpb.ListCertificatesRequest) error {
+	if err := first(page(r.GetPage()), oneOf("status", r.GetStatus(), certificateStatuses)); err != nil {
+		return err
+	}
+	for field, t := range map[string]*timestamppb.Timestamp{"expires_before": r.GetExpiresBefore(), "expires_after": r.GetExpiresAfter()} {
+		if t != nil && !t.IsValid() {
+			return fault.InvalidField(field, "is not a time between the years 1 and 9999")
+		}
+	}
+	_, err := certificateFilter(r).Listing()
+	return err
 }
 
 // validateStrings walks a whole message.
