@@ -27,7 +27,9 @@ func (a *App) jobsList() *cobra.Command {
 		Short: "List jobs",
 		Example: `  certmesh jobs list --open --watch
   certmesh jobs list --certificate web
-  certmesh jobs list --state Failed --agent web-1`,
+  certmesh jobs list --agent web-1 --state Failed`,
+		Long: `Lists jobs, the newest first: all, or by one of state, --open, certificate and agent, or by agent or certificate with
+--open, or by agent with a state in which a job has ended. The server refuses other combinations, which no index serves.`,
 		Args: takes(),
 	}
 	pages, w := paging(cmd), watching(cmd, "jobs")

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // span is a duration flag that knows days.
@@ -52,6 +53,23 @@ func (s *span) Set(text string) error {
 	}
 	*s.d = d
 	return nil
+}
+
+// moment reads a flag that names a time: a duration from now, a day (it begins at 0:00 UTC) or a time. None is nil.
+func moment(flag, text string, now time.Time) (*timestamppb.Timestamp, error) {
+	if text == "" {
+		return nil, nil
+	}
+	var d time.Duration
+	if newSpan(&d, 0).Set(text) == nil {
+		return timestamppb.New(now.Add(d)), nil
+	}
+	for _, layout := range []string{time.DateOnly, time.RFC3339} {
+		if at, err := time.Parse(layout, text); err == nil {
+			return timestamppb.New(at), nil
+		}
+	}
+	return nil, misuse("%s: %q is no time; give 30d or 12h from now, a day such as 2027-01-31, or 2027-01-31T12:00:00Z", flag, text)
 }
 
 // maxInput bounds the files that flags name; the server takes documents of 64 KiB.
