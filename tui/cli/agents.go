@@ -121,10 +121,54 @@ data directory, otherwise the quarantine returns.`,
 
 func (a *App) agentsToken() *cobra.Command {
 	return a.group(&cobra.Command{
-		Use:     "token",
-		Short:   "Let hosts join",
-		Example: "  certmesh agents token create",
-	}, a.agentsTokenCreate())
+		Use:   "token",
+		Short: "Let hosts join",
+		Example: `  certmesh agents token create
+  certmesh agents token list`,
+	}, a.agentsTokenCreate(), a.agentsTokenList(), a.agentsTokenRevoke())
+}
+
+func (a *App) agentsTokenList() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list",
+		Short: "List the join tokens, without their secrets",
+		Long:  `Lists the join tokens, the newest first. One that has expired is kept as long as a finished job.`,
+		Example: `  certmesh agents token list
+  certmesh agents token list --all --format json`,
+		Args: takes(),
+	}
+	pages := paging(cmd)
+	cmd.RunE = a.connected(func(ctx context.Context, c *client.Client, _ []string) error {
+		r, err := collect(ctx, pages, func(ctx context.Context, page *operatorpb.Page) (*operatorpb.ListJoinTokensResponse, error) {
+			return c.Agents.ListJoinTokens(ctx, &operatorpb.ListJoinTokensRequest{Page: page})
+		})
+		if err != nil {
+			return err
+		}
+		return a.show(view{
+			doc: r, table: func(p *render.Page) { p.Tokens(r.GetTokens(), a.now()) },
+			note: notes(empty(len(r.GetTokens()), "join tokens"), pages.more(r.GetNextCursor())),
+		})
+	})
+	return cmd
+}
+
+func (a *App) agentsTokenRevoke() *cobra.Command {
+	return &cobra.Command{
+		Use:   "revoke ID",
+		Short: "End a join token",
+		Long: `Revokes a join token: no host joins with it any more. Agents that have joined with it stay; certmesh agents retire
+removes them. Once more it changes nothing.`,
+		Example: "  certmesh agents token revoke jt_0123456789abcdef0123456789abcdef",
+		Args:    takes("ID"),
+		RunE: a.connected(func(ctx context.Context, c *client.Client, args []string) error {
+			r, err := c.Agents.RevokeJoinToken(ctx, &operatorpb.RevokeJoinTokenRequest{Id: args[0]})
+			if err != nil {
+				return err
+			}
+			return a.show(view{doc: r.GetToken(), table: func(p *render.Page) { p.Tokens([]*operatorpb.JoinToken{r.GetToken()}, a.now()) }})
+		}),
+	}
 }
 
 func (a *App) agentsTokenCreate() *cobra.Command {

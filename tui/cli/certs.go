@@ -17,7 +17,7 @@ func (a *App) certs() *cobra.Command {
 		Example: `  certmesh certs list
   certmesh certs create web --dns www.example.com --issuer corp --target web-1-nginx --wait
   certmesh certs why web`,
-	}, a.certsList(), a.certsGet(), a.certsCreate(), a.certsRenew(), a.certsRevoke(), a.certsVersions(), a.certsWhy())
+	}, a.certsList(), a.certsGet(), a.certsCreate(), a.certsRenew(), a.certsDeploy(), a.certsRevoke(), a.certsVersions(), a.certsWhy())
 }
 
 var certificateStatuses = []string{"Pending", "Active", "Expiring", "Expired", "RenewalInProgress", "Failed", "Revoked", "Archived"}

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -15,10 +16,10 @@ var jobStates = []string{"Pending", "AwaitingCSR", "AwaitingApproval", "Running"
 func (a *App) jobs() *cobra.Command {
 	return a.group(&cobra.Command{
 		Use:   "jobs",
-		Short: "Show and cancel work",
+		Short: "Show, approve and cancel work",
 		Example: `  certmesh jobs list --open
   certmesh jobs get job_0123456789abcdef0123456789abcdef`,
-	}, a.jobsList(), a.jobsGet(), a.jobsCancel())
+	}, a.jobsList(), a.jobsGet(), a.jobsApprove(), a.jobsReject(), a.jobsCancel())
 }
 
 func (a *App) jobsList() *cobra.Command {
@@ -109,6 +110,59 @@ work again later.`,
 			return a.show(a.jobView(ctx, newNamer(c), r.GetJob()))
 		}),
 	}
+}
+
+func (a *App) jobsApprove() *cobra.Command {
+	req := &operatorpb.ApproveJobRequest{}
+	cmd := &cobra.Command{
+		Use:   "approve ID",
+		Short: "Let a job that waits for approval go on",
+		Long: `Approves the issuance or renewal of a certificate that was ordered with --require-approval; it begins at once. Neither
+who ordered the certificate nor who asked for this renewal can approve it. A try that fails is tried again without another
+approval.`,
+		Example: `  certmesh jobs list --state AwaitingApproval
+  certmesh jobs approve job_0123456789abcdef0123456789abcdef --reason "change 4711"`,
+		Args: takes("ID"),
+	}
+	cmd.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the trail")
+	cmd.RunE = a.connected(func(ctx context.Context, c *client.Client, args []string) error {
+		req.Id = args[0]
+		r, err := c.Jobs.ApproveJob(ctx, req)
+		if err != nil {
+			return err
+		}
+		return a.show(a.jobView(ctx, newNamer(c), r.GetJob()))
+	})
+	return cmd
+}
+
+func (a *App) jobsReject() *cobra.Command {
+	req := &operatorpb.RejectJobRequest{}
+	cmd := &cobra.Command{
+		Use:   "reject ID --reason TEXT",
+		Short: "Cancel a job that waits for approval",
+		Long: `Rejects the issuance or renewal of a certificate that was ordered with --require-approval: the job is cancelled. The
+certificate stays due, so that its duty will ask again after an hour. Neither who ordered the certificate nor who asked for
+this renewal can reject it; they cancel it.`,
+		Example: `  certmesh jobs reject job_0123456789abcdef0123456789abcdef --reason "the names are wrong"`,
+		Args:    takes("ID"),
+	}
+	cmd.Flags().StringVar(&req.Reason, "reason", "", "`TEXT` for the trail and for whoever meets the job later (required)")
+	cmd.PreRunE = func(*cobra.Command, []string) error {
+		if strings.TrimSpace(req.GetReason()) == "" {
+			return misuse("--reason is missing; say why the job is rejected")
+		}
+		return nil
+	}
+	cmd.RunE = a.connected(func(ctx context.Context, c *client.Client, args []string) error {
+		req.Id = args[0]
+		r, err := c.Jobs.RejectJob(ctx, req)
+		if err != nil {
+			return err
+		}
+		return a.show(a.jobView(ctx, newNamer(c), r.GetJob()))
+	})
+	return cmd
 }
 
 func (a *App) jobView(ctx context.Context, n *namer, j *operatorpb.Job) view {

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/proto"
 
 	operatorpb "github.com/certmesh/certmesh/protocol/operator/v1"
 	"github.com/certmesh/certmesh/tui/client"
@@ -35,10 +36,11 @@ func (w *waitFlags) check() error {
 
 func (a *App) certsCreate() *cobra.Command {
 	var (
-		names     operatorpb.Names
-		req       = &operatorpb.CreateCertificateRequest{Names: &names}
-		fraction  float64
-		noRenewal bool
+		names   operatorpb.Names
+		req     = &operatorpb.CreateCertificateRequest{Names: &names}
+		windows []string
+		alerts  []int
+		policy  operatorpb.RenewalPolicy
 	)
 	cmd := &cobra.Command{
 		Use:   "create NAME",
@@ -52,6 +54,7 @@ standard error. With --request-id the order is safe to repeat: the same order un
 certificate.`,
 		Example: `  certmesh certs create web --dns www.example.com --dns example.com --issuer corp --target web-1-nginx --wait
   certmesh certs create db --dns db.internal --ip 10.0.0.5 --issuer corp --target db-1 --target db-2 --owner dba
+  certmesh certs create pay --dns pay.example.com --issuer corp --target pay-nginx --require-approval --window "Mon-Fri 02:00-05:00"
   certmesh certs create job --dns job.internal --issuer corp --profile short-lived --target job-file --renew-fraction 0.5`,
 		Args: takes("NAME"),
 	}
@@ -65,8 +68,11 @@ certificate.`,
 	f.StringVar(&req.Profile, "profile", "tls-server", "what may be issued, by `NAME|ID`")
 	f.StringArrayVar(&req.Targets, "target", nil, "where it is installed, by `NAME|ID` (repeatable)")
 	f.StringVar(&req.Owner, "owner", "", "`WHO` answers for it")
-	f.Float64Var(&fraction, "renew-fraction", 0, "renew after this `FRACTION` of the lifetime, between 0 and 1 (default: 2/3)")
-	f.BoolVar(&noRenewal, "no-renewal", false, "do not renew it by itself")
+	f.Float64Var(&policy.Fraction, "renew-fraction", 0, "renew after this `FRACTION` of the lifetime, between 0 and 1 (default: 2/3)")
+	f.StringArrayVar(&windows, "window", nil, "renew by itself only within this weekly `SPAN` in UTC, e.g. \"Mon-Fri 02:00-05:00\" (repeatable; default: always)")
+	f.IntSliceVar(&alerts, "alert-days", nil, "`DAYS` before its end at which it counts as Expiring, e.g. 30,14,7: the greatest below its lifetime")
+	f.BoolVar(&policy.Disabled, "no-renewal", false, "do not renew it by itself")
+	f.BoolVar(&policy.RequireApproval, "require-approval", false, "issuance and each renewal wait until somebody else approves (certmesh jobs approve)")
 	f.StringVar(&req.RequestId, "request-id", "", "`ID` that makes the order safe to repeat (default: a new one)")
 	wait := waiting(cmd)
 	a.completeFlag(cmd, "issuer", issuers)
@@ -80,8 +86,21 @@ certificate.`,
 			return misuse("--target is missing; name where it is installed (certmesh targets list)")
 		case len(names.GetDns())+len(names.GetIp())+len(names.GetEmail())+len(names.GetUri()) == 0 && names.GetCommonName() == "":
 			return misuse("the certificate has no names; give --dns, --ip, --email, --uri or --cn")
-		case f.Changed("renew-fraction") && !(fraction > 0 && fraction < 1):
-			return misuse("--renew-fraction %v is not a fraction of the lifetime; give a number between 0 and 1, e.g. 0.66", fraction)
+		case f.Changed("renew-fraction") && !(policy.GetFraction() > 0 && policy.GetFraction() < 1):
+			return misuse("--renew-fraction %v is not a fraction of the lifetime; give a number between 0 and 1, e.g. 0.66", policy.GetFraction())
+		}
+		for _, text := range windows {
+			w, ok := parseWindow(text)
+			if !ok {
+				return misuse("--window %q is not a weekly span; give days and UTC times, e.g. \"Mon-Fri 02:00-05:00\" or \"Sat,Sun 22:00-04:00\"", text)
+			}
+			policy.Windows = append(policy.Windows, w)
+		}
+		for _, d := range alerts {
+			if d < 1 || d > maxAlertDays {
+				return misuse("--alert-days %d is not a number of days; give 1 to %d, e.g. 30,14,7", d, maxAlertDays)
+			}
+			policy.AlertThresholdsDays = append(policy.AlertThresholdsDays, int32(d))
 		}
 		for _, ip := range names.GetIp() {
 			if _, err := netip.ParseAddr(ip); err != nil {
@@ -92,8 +111,8 @@ certificate.`,
 	}
 	cmd.RunE = a.connected(func(ctx context.Context, c *client.Client, args []string) error {
 		req.Name = args[0]
-		if fraction > 0 || noRenewal {
-			req.Policy = &operatorpb.RenewalPolicy{Fraction: fraction, Disabled: noRenewal}
+		if !proto.Equal(&policy, &operatorpb.RenewalPolicy{}) {
+			req.Policy = &policy
 		}
 		if req.GetRequestId() == "" {
 			req.RequestId = newRequestID()
@@ -145,6 +164,44 @@ is under way already, that one is shown.`,
 		if err := a.show(view{
 			doc: r, table: func(p *render.Page) { p.Jobs(r.GetJobs(), n.names(ctx, ofJobs(r.GetJobs()...)), a.now()) },
 			note: empty(len(r.GetJobs()), "jobs; nothing of this certificate is placed anywhere"),
+		}); err != nil {
+			return err
+		}
+		return unmet
+	})
+	return cmd
+}
+
+func (a *App) certsDeploy() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "deploy NAME|ID",
+		Short: "Deploy what is issued of a certificate again now",
+		Long: `Orders the deployment of what is issued at every placement of a certificate now, also where it is current already or
+rests after failures, and shows the jobs. Where a deployment is under way already, that one is shown. No key changes and
+nothing is issued: certmesh certs renew does that.`,
+		Example: `  certmesh certs deploy web
+  certmesh certs deploy web --wait`,
+		Args:              takes("NAME|ID"),
+		ValidArgsFunction: a.complete(certificates),
+	}
+	wait := waiting(cmd)
+	cmd.PreRunE = func(*cobra.Command, []string) error { return wait.check() }
+	cmd.RunE = a.connected(func(ctx context.Context, c *client.Client, args []string) error {
+		r, err := c.Certificates.DeployCertificate(ctx, &operatorpb.DeployCertificateRequest{Id: args[0], RequestId: newRequestID()})
+		if err != nil {
+			return err
+		}
+		n := newNamer(c)
+		var unmet error
+		if wait.on {
+			got, err := c.Certificates.GetCertificate(ctx, &operatorpb.GetCertificateRequest{Id: args[0]})
+			if err != nil {
+				return err
+			}
+			_, r.Jobs, unmet = a.await(ctx, c, n, got.GetCertificate(), r.GetJobs(), wait.timeout)
+		}
+		if err := a.show(view{
+			doc: r, table: func(p *render.Page) { p.Jobs(r.GetJobs(), n.names(ctx, ofJobs(r.GetJobs()...)), a.now()) },
 		}); err != nil {
 			return err
 		}

@@ -136,6 +136,8 @@ func standIn(ts *testscript.TestScript, _ bool, args []string) {
 		s.Fail(args[1], codes.Code(n), args[3], args[4])
 	case "serves": // NAME: issues and then serves what is ordered
 		s.Play(func(d *operatortest.Data) { d.Issue(args[1]) }, func(d *operatortest.Data) { d.Serve(args[1]) })
+	case "deploys": // NAME: ends its jobs well at once
+		s.Play(func(d *operatortest.Data) { d.Issue(args[1]); d.Serve(args[1]) })
 	case "fails-job": // NAME
 		s.Play(func(d *operatortest.Data) {
 			for _, j := range d.Jobs {

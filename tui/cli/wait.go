@@ -26,7 +26,7 @@ func (a *App) await(ctx context.Context, c *client.Client, n *namer, crt *operat
 	start := a.Clock.Now()
 	timeout := a.Clock.NewTimer(limit)
 	defer timeout.Stop()
-	o := &order{app: a, c: c, n: n, start: start, crt: crt, jobs: jobs, told: map[string]bool{}}
+	o := &order{app: a, c: c, n: n, start: start, crt: crt, jobs: jobs, told: map[string]bool{}, gone: map[string]bool{}}
 	fmt.Fprintf(a.Err, "Waiting until %s is served at %s.\n", render.Clean(crt.GetName()), placements(crt))
 	feed := c.Watch(ctx, a.Clock, []string{"certificates", "jobs"}, "")
 	notices := feed.C
@@ -75,6 +75,8 @@ type order struct {
 	crt   *operatorpb.Certificate
 	jobs  []*operatorpb.Job
 	told  map[string]bool
+	// gone are jobs that are not kept any more.
+	gone map[string]bool
 }
 
 // look reads the order's state and tells what is new. done: every placement has what was ordered.
@@ -85,11 +87,16 @@ func (o *order) look(ctx context.Context) (done bool, err error) {
 		}
 		r, err := o.c.Jobs.GetJob(ctx, &operatorpb.GetJobRequest{Id: j.GetId()})
 		// Retention may have been quicker; the certificate tells.
-		if err != nil && client.Code(err) != codes.NotFound {
+		switch {
+		case client.Code(err) == codes.NotFound:
+			o.gone[j.GetId()] = true
+		case err != nil:
 			return false, err
-		}
-		if err == nil {
+		default:
 			o.jobs[i] = r.GetJob()
+		}
+		if o.jobs[i].GetState() == "AwaitingApproval" {
+			o.tell("waits for approval of " + j.GetId() + ": certmesh jobs approve, by somebody who did not ask for it")
 		}
 	}
 	r, err := o.c.Certificates.GetCertificate(ctx, &operatorpb.GetCertificateRequest{Id: o.crt.GetId()})
@@ -106,6 +113,10 @@ func (o *order) look(ctx context.Context) (done bool, err error) {
 	done = o.crt.GetPlacementsTotal() > 0 && o.crt.GetPlacementsCurrent() == o.crt.GetPlacementsTotal()
 	for _, l := range o.crt.GetLeaves() {
 		done = done && o.issued(l)
+	}
+	// What is deployed again was current before: its jobs tell when it has been done.
+	for _, j := range o.jobs {
+		done = done && (j.GetState() == "Completed" || j.GetTargetId() == "" || o.gone[j.GetId()])
 	}
 	for _, p := range o.crt.GetPlacements() {
 		if p.GetCurrent() && o.issuedAt(p.GetAgentId()) {
@@ -180,7 +191,15 @@ func (o *order) broken(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if len(r.GetJobs()) == 0 {
+		if len(r.GetJobs()) > 0 {
+			continue
+		}
+		// The last job may have ended well since the certificate was read.
+		again, err := o.c.Certificates.GetCertificate(ctx, &operatorpb.GetCertificateRequest{Id: o.crt.GetId()})
+		if err != nil {
+			return err
+		}
+		if still(again.GetCertificate(), p) {
 			return waitError{fmt.Sprintf("%s is not served at %s: %s; %s", o.crt.GetName(), p.GetTargetName(), first(p.GetLastError(), "no reason is known"), next)}
 		}
 	}
@@ -188,6 +207,16 @@ func (o *order) broken(ctx context.Context) error {
 		return waitError{fmt.Sprintf("%s is %s; %s", o.crt.GetName(), o.crt.GetStatus(), next)}
 	}
 	return nil
+}
+
+// still reports whether a placement is as it was.
+func still(c *operatorpb.Certificate, was *operatorpb.Placement) bool {
+	for _, p := range c.GetPlacements() {
+		if p.GetTargetId() == was.GetTargetId() {
+			return p.GetState() == was.GetState() && p.GetCurrent() == was.GetCurrent()
+		}
+	}
+	return false
 }
 
 // tell prints a line of progress once.

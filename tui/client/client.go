@@ -28,6 +28,7 @@ const serviceConfig = `{"methodConfig": [{
     {"service": "certmesh.operator.v1.CertificatesService", "method": "ListVersions"},
     {"service": "certmesh.operator.v1.CertificatesService", "method": "ExplainCertificate"},
     {"service": "certmesh.operator.v1.AgentsService", "method": "ListAgents"},
+    {"service": "certmesh.operator.v1.AgentsService", "method": "ListJoinTokens"},
     {"service": "certmesh.operator.v1.AgentsService", "method": "GetAgent"},
     {"service": "certmesh.operator.v1.JobsService", "method": "ListJobs"},
     {"service": "certmesh.operator.v1.JobsService", "method": "GetJob"},

@@ -28,6 +28,7 @@ type Data struct {
 	Versions     []*operatorpb.Version
 	Agents       []*operatorpb.Agent
 	Jobs         []*operatorpb.Job
+	Tokens       []*operatorpb.JoinToken
 	Issuers      []*operatorpb.Issuer
 	Profiles     []*operatorpb.Profile
 	Targets      []*operatorpb.Target
@@ -144,6 +145,11 @@ func Seed() Data {
 				Id: id("job", 2), Kind: "Renewal", State: "Failed", CertificateId: id("cert", 3), AgentId: id("agt", 2), Generation: 3, Attempt: 4, Tries: 3, MaxTries: 3, RunAt: at(-hour),
 				CreatedAt: at(-2 * hour), UpdatedAt: at(-hour), FinishedAt: at(-hour), ErrorClass: "rejected", Error: Hostile, Reason: "due", RequestId: "req_7",
 			},
+		},
+		Tokens: []*operatorpb.JoinToken{
+			{Id: id("jt", 1), MaxUses: 3, Uses: 1, Labels: map[string]string{"site": "fra1"}, ExpiresAt: at(hour), CreatedBy: "operator:ann", CreatedAt: at(-hour)},
+			{Id: id("jt", 2), MaxUses: 1, Uses: 1, ExpiresAt: at(hour), CreatedBy: "operator:ann", CreatedAt: at(-2 * hour)},
+			{Id: id("jt", 3), MaxUses: 1, ExpiresAt: at(-hour), CreatedBy: Hostile, CreatedAt: at(-3 * hour)},
 		},
 		Issuers: []*operatorpb.Issuer{
 			{Id: id("iss", 1), Name: "corp", Kind: "local", PublicUrl: "http://pki.test:8080", CreatedAt: at(-90 * day), NotAfter: at(3650 * day)},

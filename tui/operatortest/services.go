@@ -99,6 +99,25 @@ func (s certificates) RenewCertificate(_ context.Context, r *operatorpb.RenewCer
 	})
 }
 
+func (s certificates) DeployCertificate(_ context.Context, r *operatorpb.DeployCertificateRequest) (*operatorpb.DeployCertificateResponse, error) {
+	return answer(s.Server, func() (*operatorpb.DeployCertificateResponse, error) {
+		c, err := found(s.data.Certificates, r.GetId(), "certificate")
+		if err != nil {
+			return nil, err
+		}
+		out := &operatorpb.DeployCertificateResponse{}
+		for _, p := range c.GetPlacements() {
+			j := &operatorpb.Job{
+				Id: id("job", 20+len(s.data.Jobs)), Kind: "Deployment", State: "Pending", CertificateId: c.GetId(), AgentId: p.GetAgentId(), TargetId: p.GetTargetId(),
+				Generation: 1, MaxTries: 3, CreatedAt: timestamppb.New(Now), UpdatedAt: timestamppb.New(Now), RunAt: timestamppb.New(Now), Reason: "on request",
+			}
+			s.data.Jobs = append(s.data.Jobs, j)
+			out.Jobs = append(out.Jobs, j)
+		}
+		return out, nil
+	})
+}
+
 func (s certificates) RevokeCertificate(_ context.Context, r *operatorpb.RevokeCertificateRequest) (*operatorpb.RevokeCertificateResponse, error) {
 	return answer(s.Server, func() (*operatorpb.RevokeCertificateResponse, error) {
 		c, err := found(s.data.Certificates, r.GetId(), "certificate")
@@ -185,6 +204,33 @@ func (s agents) CreateJoinToken(context.Context, *operatorpb.CreateJoinTokenRequ
 	return &operatorpb.CreateJoinTokenResponse{Id: id("jt", 1), Token: "cmjt1.jt_1.secret.fingerprint", ExpiresAt: timestamppb.New(Now.Add(hour))}, nil
 }
 
+func (s agents) ListJoinTokens(_ context.Context, r *operatorpb.ListJoinTokensRequest) (*operatorpb.ListJoinTokensResponse, error) {
+	return answer(s.Server, func() (*operatorpb.ListJoinTokensResponse, error) {
+		list, next, err := part(s.data.Tokens, r.GetPage())
+		return &operatorpb.ListJoinTokensResponse{Tokens: list, NextCursor: next}, err
+	})
+}
+
+// unnamed gives what has no name the one that found wants.
+type unnamed struct{ *operatorpb.JoinToken }
+
+func (unnamed) GetName() string { return "" }
+
+func (s agents) RevokeJoinToken(_ context.Context, r *operatorpb.RevokeJoinTokenRequest) (*operatorpb.RevokeJoinTokenResponse, error) {
+	return answer(s.Server, func() (*operatorpb.RevokeJoinTokenResponse, error) {
+		var list []unnamed
+		for _, t := range s.data.Tokens {
+			list = append(list, unnamed{t})
+		}
+		t, err := found(list, r.GetId(), "join token")
+		if err != nil {
+			return nil, err
+		}
+		t.RevokedAt = timestamppb.New(Now)
+		return &operatorpb.RevokeJoinTokenResponse{Token: t.JoinToken}, nil
+	})
+}
+
 type jobs struct {
 	operatorpb.UnimplementedJobsServiceServer
 	*Server
@@ -233,6 +279,28 @@ func (s jobs) CancelJob(_ context.Context, r *operatorpb.CancelJobRequest) (*ope
 		}
 		j.State, j.FinishedAt = "Cancelled", timestamppb.New(Now)
 		return &operatorpb.CancelJobResponse{Job: j}, nil
+	})
+}
+
+func (s jobs) ApproveJob(_ context.Context, r *operatorpb.ApproveJobRequest) (*operatorpb.ApproveJobResponse, error) {
+	return answer(s.Server, func() (*operatorpb.ApproveJobResponse, error) {
+		j, err := s.find(r.GetId())
+		if err != nil {
+			return nil, err
+		}
+		j.State = "AwaitingCSR"
+		return &operatorpb.ApproveJobResponse{Job: j}, nil
+	})
+}
+
+func (s jobs) RejectJob(_ context.Context, r *operatorpb.RejectJobRequest) (*operatorpb.RejectJobResponse, error) {
+	return answer(s.Server, func() (*operatorpb.RejectJobResponse, error) {
+		j, err := s.find(r.GetId())
+		if err != nil {
+			return nil, err
+		}
+		j.State, j.Error, j.FinishedAt = "Cancelled", "rejected: "+r.GetReason(), timestamppb.New(Now)
+		return &operatorpb.RejectJobResponse{Job: j}, nil
 	})
 }
 

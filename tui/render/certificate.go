@@ -116,10 +116,12 @@ func policy(p *operatorpb.RenewalPolicy) string {
 		s = fmt.Sprintf("after %.4g of the lifetime", f)
 	}
 	if p.GetDisabled() {
-		return "off"
-	}
-	if n := len(p.GetWindows()); n > 0 {
+		s = "off"
+	} else if n := len(p.GetWindows()); n > 0 {
 		s += ", " + windows(p.GetWindows())
+	}
+	if p.GetRequireApproval() {
+		s += ", each approved by an operator"
 	}
 	return s
 }

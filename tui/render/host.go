@@ -68,6 +68,31 @@ func pairs[V any](m map[string]V) string {
 	return strings.Join(parts, " ")
 }
 
+// Tokens is a list.
+func (p *Page) Tokens(list []*operatorpb.JoinToken, now time.Time) {
+	rows := make([][]string, 0, len(list))
+	for _, t := range list {
+		rows = append(rows, []string{
+			t.GetId(), tokenState(t, now), fmt.Sprintf("%d/%d", t.GetUses(), t.GetMaxUses()), Time(t.GetExpiresAt(), now), pairs(t.GetLabels()), t.GetCreatedBy(),
+		})
+	}
+	p.Table([]string{"ID", "STATE", "USES", "EXPIRES", "LABELS", "MADE BY"}, rows)
+}
+
+// tokenState says whether a host could join with it.
+func tokenState(t *operatorpb.JoinToken, now time.Time) string {
+	switch {
+	case t.GetRevokedAt() != nil:
+		return "revoked"
+	case !now.Before(t.GetExpiresAt().AsTime()):
+		return "expired"
+	case t.GetUses() >= t.GetMaxUses():
+		return "used up"
+	default:
+		return "valid"
+	}
+}
+
 // Targets is a list.
 func (p *Page) Targets(list []*operatorpb.Target, names Names) {
 	rows := make([][]string, 0, len(list))

@@ -219,9 +219,11 @@ func TestWhy(t *testing.T) {
 func TestPolicy(t *testing.T) {
 	t.Parallel()
 	for want, in := range map[string]*operatorpb.RenewalPolicy{
-		"after 2/3 of the lifetime": nil,
-		"after 0.5 of the lifetime": {Fraction: 0.5},
-		"off":                       {Disabled: true, Fraction: 0.5},
+		"after 2/3 of the lifetime":         nil,
+		"after 0.5 of the lifetime":         {Fraction: 0.5},
+		"off":                               {Disabled: true, Fraction: 0.5},
+		"off, each approved by an operator": {Disabled: true, RequireApproval: true},
+		"after 2/3 of the lifetime, each approved by an operator":   {RequireApproval: true},
 		"after 2/3 of the lifetime, within Sat,Sun 22:00-04:30 UTC": {Windows: []*operatorpb.RenewalWindow{{Days: []int32{6, 0, 9}, StartMinute: 1320, EndMinute: 270}}},
 	} {
 		if got := policy(in); got != want {

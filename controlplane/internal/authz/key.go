@@ -50,7 +50,7 @@ func NewKey(name string, role Role, expires, now time.Time) (string, domain.APIK
 		return "", domain.APIKey{}, fault.InvalidField("name", "use 1 to 64 letters, digits, dot, dash, underscore or @, beginning with a letter or digit")
 	}
 	if !role.valid() {
-		return "", domain.APIKey{}, fault.InvalidField("role", "%q is not a role; use admin, operator or viewer", string(role))
+		return "", domain.APIKey{}, fault.InvalidField("role", "%q is not a role; use admin, operator, approver or viewer", string(role))
 	}
 	secret := NewSecret()
 	k := domain.APIKey{
