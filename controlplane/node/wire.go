@@ -59,7 +59,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 	})
 	if p.sessions, err = session.New(session.Config{NodeID: n.cfg.Node.ID, TrustDomain: n.trust.mesh.TrustDomain(), Store: n.store,
 		Mesh: n.mesh, Issue: pipeline, Hub: changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
-		IdentityTTL: n.cfg.Mesh.IdentityTTL, VerifyTimeout: n.cfg.Jobs.VerifyTimeout, BeatInterval: n.beatInterval(),
+		IdentityTTL: n.cfg.Mesh.IdentityTTL, VerifyTimeout: n.cfg.Jobs.VerifyTimeout, VerifyInterval: n.cfg.Jobs.VerifyInterval, BeatInterval: n.beatInterval(), MaxBeat: n.maxBeat(),
 		Handshakes: n.cfg.Mesh.Handshakes, Changed: p.nudge.request}); err != nil {
 		return nil, err
 	}
@@ -84,6 +84,9 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 func (n *Node) beatInterval() time.Duration {
 	return min(max(n.cfg.Jobs.AgentStale/3, time.Second), 30*time.Second)
 }
+
+// maxBeat is what the interval may stretch to: an agent may still miss one beat, and its last one may wait to be written.
+func (n *Node) maxBeat() time.Duration { return n.cfg.Jobs.AgentStale * 9 / 20 }
 
 func (n *Node) dutySettings() duty.Settings {
 	s, j := n.cfg.Scheduler, n.cfg.Jobs

@@ -97,6 +97,7 @@ type Jobs struct {
 	AwaitingApprovalTimeout time.Duration `yaml:"awaiting_approval_timeout" env:"CERTMESH_JOB_AWAITING_APPROVAL_TIMEOUT" default:"168h" doc:"How long a job may wait for an operator."`
 	RunningTimeout          time.Duration `yaml:"running_timeout" env:"CERTMESH_JOB_RUNNING_TIMEOUT" default:"30m" doc:"How long an accepted job may run without a result while its agent is online."`
 	VerifyTimeout           time.Duration `yaml:"verify_timeout" env:"CERTMESH_VERIFY_TIMEOUT" default:"5s" doc:"How long a deployment is verified before it counts as failed and is rolled back."`
+	VerifyInterval          time.Duration `yaml:"verify_interval" env:"CERTMESH_VERIFY_INTERVAL" default:"1h" doc:"How often agents look by themselves whether their targets still hold and serve what was deployed there; 0: never."`
 	Keep                    time.Duration `yaml:"keep" env:"CERTMESH_JOB_RETENTION" default:"720h" doc:"How long finished jobs are kept."`
 	AgentStale              time.Duration `yaml:"agent_stale" env:"CERTMESH_AGENT_STALE" default:"2m" doc:"Silence after which an agent is Stale."`
 	AgentOffline            time.Duration `yaml:"agent_offline" env:"CERTMESH_AGENT_OFFLINE" default:"5m" doc:"Silence after which an agent is Offline."`

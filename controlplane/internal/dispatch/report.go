@@ -16,7 +16,7 @@ type ReportKind uint8
 const (
 	ReportAccepted ReportKind = iota // it is in the agent's journal
 	ReportCSR                        // a key was made
-	ReportDeployed                   // installed and verified
+	ReportDeployed                   // installed and verified, or verified alone
 	ReportFailed                     // tried and failed
 	ReportRefused                    // never accepted; the agent keeps nothing of it
 )
@@ -175,16 +175,20 @@ func (m *machine) next(it *item) {
 	case r.Kind == ReportCSR && class == Key:
 		it.busy, it.current = true, r
 		m.do(Issue{Work: it.work, CSR: r.CSR})
-	case r.Kind == ReportDeployed && class == Deploy:
+	case r.Kind == ReportDeployed && class != Key:
 		it.busy, it.current = true, r
 		d := r.Deployed
 		d.JobID, d.AgentID, d.Attempt, d.At = r.Ref.JobID, m.agentID, r.Ref.Attempt, m.at
 		m.do(Complete{d})
 	case r.Kind == ReportCSR, r.Kind == ReportDeployed:
-		it.failure = Failure{fault.Invalid, "the answer does not fit the work: a CSR answers key work, a deployment report answers deployments"}
+		it.failure = Failure{fault.Invalid, "the answer does not fit the work: a CSR answers key work, a deployment report answers deployments and verifications"}
 		m.fail(it, r)
 	default:
 		it.failure = r.Failure
+		if r.Kind == ReportRefused && class == Verify && it.failure.Class == fault.Conflict {
+			// Of a verification a Conflict says what was seen, and nobody looked.
+			it.failure.Class = fault.Rejected
+		}
 		m.fail(it, r)
 	}
 }

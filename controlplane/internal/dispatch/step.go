@@ -16,6 +16,7 @@ type Class uint8
 const (
 	Key    Class = iota // make a key and return a CSR
 	Deploy              // install and verify
+	Verify              // look, and change nothing
 	Classes
 )
 
@@ -25,6 +26,8 @@ func (c Class) String() string {
 		return "key"
 	case Deploy:
 		return "deploy"
+	case Verify:
+		return "verify"
 	default:
 		return "unknown"
 	}
@@ -32,10 +35,14 @@ func (c Class) String() string {
 
 // ClassOf is the class of work that a job of kind k is for its agent.
 func ClassOf(k domain.JobKind) Class {
-	if k == domain.JobIssuance || k == domain.JobRenewal {
+	switch k {
+	case domain.JobIssuance, domain.JobRenewal:
 		return Key
+	case domain.JobValidation:
+		return Verify
+	default:
+		return Deploy
 	}
-	return Deploy
 }
 
 // MaxCredit bounds what an agent can grant per class; more is taken as this much. It bounds what the control plane keeps

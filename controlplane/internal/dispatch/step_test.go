@@ -12,7 +12,7 @@ import (
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
-func both(n int) [Classes]int { return [Classes]int{n, n} }
+func both(n int) [Classes]int { return [Classes]int{n, n, n} }
 
 func testWorld(t *testing.T) *world {
 	return newWorld(func(f string, args ...any) { t.Helper(); t.Fatalf(f, args...) })
@@ -25,7 +25,7 @@ func TestRandomOrders(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		w := newWorld(func(f string, args ...any) { t.Helper(); t.Fatalf(f, args...) })
 		w.connect(both(rapid.IntRange(0, 3).Draw(t, "credits")))
-		kinds := []domain.JobKind{domain.JobIssuance, domain.JobRenewal, domain.JobDeployment}
+		kinds := []domain.JobKind{domain.JobIssuance, domain.JobRenewal, domain.JobDeployment, domain.JobValidation}
 		job := func(t *rapid.T) string {
 			ids := slices.Sorted(maps.Keys(w.jobs))
 			if len(ids) == 0 {
@@ -112,7 +112,7 @@ func TestRandomOrders(t *testing.T) {
 		})
 		// The net under lost wake-ups, and an agent that is ready.
 		w.step(Woken{At: w.now})
-		w.ready[Key], w.ready[Deploy] = w.ready[Key]+2, w.ready[Deploy]+2
+		w.ready[Key], w.ready[Deploy], w.ready[Verify] = w.ready[Key]+2, w.ready[Deploy]+2, w.ready[Verify]+2
 		w.settle()
 	})
 }
@@ -529,5 +529,27 @@ func TestNothingIsDispatchedAfterTheEnd(t *testing.T) {
 		if _, ok := m.(Assign); ok || len(w.pending) > 0 {
 			t.Fatalf("after the end: %+v, %d uses of the store", m, len(w.pending))
 		}
+	}
+}
+
+// TestVerifications: they are dispatched under credits of their own. An agent that is too old to grant any leaves them waiting and
+// everything else alone. What an agent refuses to look at says nothing about the target.
+func TestVerifications(t *testing.T) {
+	t.Parallel()
+	j := domain.Job{ID: "job_1", Kind: domain.JobValidation, State: domain.JobPending, AgentID: "agt_1", MaxTries: 3}
+	at := time.Unix(1000, 0)
+	s, out := Step(State{}, Opened{AgentID: "agt_1", Epoch: 1, Credits: [Classes]int{Key: 4, Deploy: 4}, Work: []domain.Work{{Job: j}}, At: at})
+	if slices.ContainsFunc(out, func(e Effect) bool { _, ok := e.(Raise); return ok }) {
+		t.Fatalf("dispatched without credit: %v", out)
+	}
+	s, out = Step(s, Granted{Class: Verify, Amount: 1, At: at})
+	if _, ok := out[0].(Raise); !ok {
+		t.Fatalf("%v", out)
+	}
+	s, _ = Step(s, Raised{JobID: j.ID, At: at})
+	_, out = Step(s, Reported{At: at, Report: Report{Kind: ReportRefused, Ref: domain.JobRef{JobID: j.ID, Attempt: 1},
+		Failure: Failure{fault.Conflict, "a later attempt is open here"}}})
+	if f, ok := out[0].(Fail); !ok || f.Failure.Class != string(fault.Rejected) {
+		t.Fatalf("%v", out)
 	}
 }

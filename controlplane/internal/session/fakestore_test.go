@@ -33,6 +33,7 @@ type fakeStore struct {
 	rejections map[string]domain.StateRejection
 	trail      []domain.AuditEvent
 	seen       map[string]time.Time
+	observed   []domain.Observation
 	applied    map[domain.JobRef]int
 	bundle     int64
 	roots      [][]byte
@@ -128,7 +129,7 @@ func (f *fakeStore) orderLocked(kind domain.JobKind, agentID, certificateID, tar
 		TargetID: targetID, Generation: generation, MaxTries: domain.DefaultMaxTries, RunAt: now.Add(-time.Second), CreatedAt: now}
 	f.jobs[j.ID] = j
 	key := versionKey(certificateID, agentID, generation)
-	if _, ok := f.versions[key]; kind == domain.JobDeployment && !ok {
+	if _, ok := f.versions[key]; (kind == domain.JobDeployment || kind == domain.JobValidation) && !ok {
 		f.versions[key] = fakeVersion(certificateID, agentID, generation)
 	}
 	return j
@@ -266,7 +267,7 @@ func (f *fakeStore) QuarantineAgent(_ context.Context, agentID, reason string, o
 
 func (f *fakeStore) workLocked(j domain.Job) domain.Work {
 	w := domain.Work{Job: j}
-	if j.Kind == domain.JobDeployment {
+	if j.TargetID != "" {
 		w.Version, w.Target = f.versions[versionKey(j.CertificateID, j.AgentID, j.Generation)], f.targets[j.TargetID]
 		return w
 	}
@@ -308,7 +309,7 @@ func (f *fakeStore) settlementLocked(agentID string, r domain.JobRef) domain.Set
 	}
 	s.State, s.Kind, s.CertificateID, s.Generation, s.ErrorClass, s.Error = j.State, j.Kind, j.CertificateID, j.Generation, j.ErrorClass, j.Error
 	s.Open = f.judgeLocked(r.JobID, agentID, r.Attempt) == nil
-	if s.State == domain.JobCompleted && j.Kind == domain.JobDeployment {
+	if s.State == domain.JobCompleted && j.TargetID != "" {
 		s.RetireBelow = j.Generation
 	}
 	return s
@@ -353,7 +354,7 @@ func (f *fakeStore) Accept(_ context.Context, items []domain.Acceptance) []error
 		if j.AcceptedAt.IsZero() {
 			j.AcceptedAt = a.At
 			j.Tries++
-			if j.Kind == domain.JobDeployment {
+			if j.TargetID != "" {
 				j.State = domain.JobRunning
 			}
 		}
@@ -408,6 +409,18 @@ func (f *fakeStore) CompleteDeployments(_ context.Context, items []domain.Deploy
 		f.auditLocked("agent:"+r.AgentID, "certificate.deployed", "certificate/"+j.CertificateID)
 	}
 	return out
+}
+
+func (f *fakeStore) RecordObservation(_ context.Context, o domain.Observation) (bool, error) {
+	if err := f.enter("RecordObservation"); err != nil {
+		return false, err
+	}
+	defer f.mu.Unlock()
+	if f.targets[o.TargetID].AgentID != o.AgentID || !slices.Contains(f.placements[o.CertificateID], o.TargetID) {
+		return false, fault.New(fault.NotFound, "there is no such placement of this agent")
+	}
+	f.observed = append(f.observed, o)
+	return true, nil
 }
 
 // Issue implements Issuer as the pipeline and the store do together.

@@ -19,6 +19,10 @@ const (
 	auditRate  = 10
 	// helloRetry is around when an agent that was not admitted is asked to come back.
 	helloRetry = 4 * time.Second
+	// helloWait is how long a Hello waits to be worked on, well below an agent's patience (60 s); helloQueue how many wait,
+	// each at the price of an open stream.
+	helloWait  = 15 * time.Second
+	helloQueue = 1 << 15
 )
 
 // guard bounds what strangers can cause.

@@ -62,6 +62,7 @@ certmesh_session_assignments_sent_total{class="deploy"} 2
 # TYPE certmesh_session_credits gauge
 certmesh_session_credits{class="deploy"} 0
 certmesh_session_credits{class="key"} 4
+certmesh_session_credits{class="verify"} 0
 # HELP certmesh_session_jobs Jobs of the agents held here: waiting for time or credit, or with the agent.
 # TYPE certmesh_session_jobs gauge
 certmesh_session_jobs{where="waiting"} 1

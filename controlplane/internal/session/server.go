@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/jonboulle/clockwork"
@@ -51,6 +52,7 @@ type Jobs interface {
 	Accept(ctx context.Context, items []domain.Acceptance) []error
 	FailJobs(ctx context.Context, items []domain.Failure) []domain.FailureOutcome
 	CompleteDeployments(ctx context.Context, items []domain.DeployResult) []domain.DeployOutcome
+	RecordObservation(ctx context.Context, o domain.Observation) (changed bool, err error)
 }
 
 // Joining keeps hosts and their identities.
@@ -95,21 +97,30 @@ type Config struct {
 	// Metrics may be nil.
 	Metrics prometheus.Registerer
 	NewID   func(prefix string) string
-	// IdentityTTL is the validity of agents' identities, VerifyTimeout and BeatInterval are settings of agents.
-	IdentityTTL, VerifyTimeout, BeatInterval time.Duration
-	// Handshakes is how many Hellos and enrolments are worked on at the same time.
+	// IdentityTTL is the validity of agents' identities; the others are settings of agents (VerifyInterval 0: never).
+	IdentityTTL, VerifyTimeout, VerifyInterval, BeatInterval time.Duration
+	// Handshakes is how many Hellos and enrolments are worked on at the same time. More Hellos wait (helloWait, helloQueue);
+	// more enrolments are asked to come back.
 	Handshakes int
+	// MaxBeat is what BeatInterval may stretch to as agents become more; below BeatInterval: it does not stretch.
+	MaxBeat time.Duration
 	// RemoteWake tells another node that an agent it holds has work; nil on a single node.
 	RemoteWake func(node, agentID string)
 	// Changed is called after a leaf or placement may have changed, so that duties may look again; may be nil.
 	Changed func()
+
+	// helloWait and helloQueue are seams for tests; 0: the constants of that name.
+	helloWait  time.Duration
+	helloQueue int64
 }
 
 // The numbers of the stream's I/O.
 const (
 	maxMessage = 64 << 10
-	// tick is how exact deadlines and retries are; the ticker looks at two numbers per stream.
-	tick = 250 * time.Millisecond
+	// tick is how exact the retries and ends that a stream waits for are. Streams that wait for nothing are looked at every
+	// sweepTicks: what is due by silence alone takes many seconds anyway.
+	tick       = 250 * time.Millisecond
+	sweepTicks = 4
 	// helloTimeout bounds a stream that says nothing, writeTimeout a Send that the agent does not take, partTimeout the
 	// rest of a stream whose end was decided.
 	helloTimeout = 15 * time.Second
@@ -139,6 +150,7 @@ type Server struct {
 	issuing *pool
 	loads   *loader
 	guard   *guard
+	waiting atomic.Int64 // Hellos at the gate
 	bundle  bundle
 	issued  identities
 	held    reported
@@ -162,6 +174,10 @@ type Server struct {
 	// there is no stream, and none leaving.
 	leaving int
 	emptied chan struct{}
+
+	// soon are the streams that wait for a time; see prompt.
+	soonMu sync.Mutex
+	soon   map[*stream]struct{}
 }
 
 // New returns a Server. Errors: Internal when a part of the configuration is missing or a metric is registered already.
@@ -178,12 +194,22 @@ func New(c Config) (*Server, error) {
 		c.BeatInterval = 30 * time.Second
 	}
 	c.Handshakes = max(c.Handshakes, 1)
+	if c.helloWait == 0 {
+		c.helloWait = helloWait
+	}
+	if c.helloQueue == 0 {
+		c.helloQueue = helloQueue
+	}
 	s := &Server{cfg: c, gate: semaphore.NewWeighted(int64(c.Handshakes)), guard: newGuard(c.Clock),
-		all: map[*stream]struct{}{}, agents: map[string][]*stream{}, boots: map[string]boots{}}
+		all: map[*stream]struct{}{}, agents: map[string][]*stream{}, boots: map[string]boots{},
+		soon: map[*stream]struct{}{}}
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the server's own life, which Stop ends
 	s.store, s.issuing = newPool(storeWorkers), newPool(issueWorkers)
 	s.loads = newLoader(s)
-	body := &agentpb.Settings{BeatIntervalMs: c.BeatInterval.Milliseconds(), VerifyTimeoutMs: c.VerifyTimeout.Milliseconds()}
+	// The beat interval is Welcome's: it hangs on how many agents there are, and settings that changed with that would be
+	// sent, and written by each agent, at every return.
+	body := &agentpb.Settings{VerifyTimeoutMs: c.VerifyTimeout.Milliseconds(),
+		VerifyIntervalMs: c.VerifyInterval.Milliseconds()}
 	var err error
 	if s.settings, err = resource(kindSettings, "", 0, body, &agentpb.State{Body: &agentpb.State_Settings{Settings: body}}); err != nil {
 		return nil, err
@@ -214,6 +240,7 @@ func (s *Server) Start() {
 	s.wg.Go(func() {
 		defer ticks.Stop()
 		flushed := s.cfg.Clock.Now()
+		swept := flushed
 		for {
 			select {
 			case <-s.ctx.Done():
@@ -221,7 +248,12 @@ func (s *Server) Start() {
 			case <-ticks.Chan():
 			}
 			now := s.cfg.Clock.Now()
-			s.sweep(now)
+			if now.Sub(swept) >= sweepTicks*tick {
+				swept = now
+				s.sweep(now)
+			} else {
+				s.prompt(now)
+			}
 			if now.Sub(flushed) >= flushInterval {
 				flushed = now
 				s.flush(s.ctx)
@@ -438,6 +470,9 @@ func (s *Server) remove(st *stream) domain.Epoch {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.all, st)
+	s.soonMu.Lock()
+	delete(s.soon, st)
+	s.soonMu.Unlock()
 	s.leaving++
 	id := st.who.agentID
 	left := slices.DeleteFunc(s.agents[id], func(o *stream) bool { return o == st })
@@ -472,6 +507,30 @@ func (s *Server) sweep(now time.Time) {
 		}
 	}
 	s.mu.RUnlock()
+	for _, st := range due {
+		st.ticked(now)
+	}
+}
+
+// expect has a stream looked at on the next ticks, because it waits for a time; st.mu may be held.
+func (s *Server) expect(st *stream) {
+	s.soonMu.Lock()
+	defer s.soonMu.Unlock()
+	s.soon[st] = struct{}{}
+}
+
+// prompt looks at the deadlines of the streams that wait for a time.
+func (s *Server) prompt(now time.Time) {
+	var due []*stream
+	s.soonMu.Lock()
+	for st := range s.soon {
+		if st.waitUntil.Load() == 0 && st.partBy.Load() == 0 {
+			delete(s.soon, st)
+		} else if st.due(now) {
+			due = append(due, st)
+		}
+	}
+	s.soonMu.Unlock()
 	for _, st := range due {
 		st.ticked(now)
 	}

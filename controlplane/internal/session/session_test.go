@@ -364,11 +364,12 @@ func TestRetireAndRevokeEndTheStreamAtOnce(t *testing.T) {
 	eventually(t, "refusals are in the trail", func() bool { return len(p.store.audited("agent.connect_refused")) == 2 })
 }
 
-// TestOverloaded: only so many Hellos are worked on at once; the rest is asked to come back, at different times.
+// TestOverloaded: only so many Hellos are worked on at once, so many wait, and the rest is asked to come back, at
+// different times.
 func TestOverloaded(t *testing.T) {
 	t.Parallel()
-	p := newPlane(t, func(c *Config) { c.Handshakes = 2 })
-	begun, release := make(chan struct{}, 2), make(chan struct{})
+	p := newPlane(t, func(c *Config) { c.Handshakes, c.helloQueue, c.helloWait = 2, 1, time.Hour })
+	begun, release := make(chan struct{}, 3), make(chan struct{})
 	p.store.onCall(func(method string) error {
 		if method == "OpenSessions" {
 			begun <- struct{}{}
@@ -379,13 +380,37 @@ func TestOverloaded(t *testing.T) {
 	first, second := p.host("a").connect(), p.host("b").connect()
 	<-begun
 	<-begun
-	g := p.host("c").connect().goodbye()
+	third := p.host("c").connect()
+	eventually(t, "the third waits", func() bool { return p.srv.waiting.Load() == 1 })
+	g := p.host("d").connect().goodbye()
 	if g.GetReason() != agentpb.Goodbye_REASON_OVERLOADED || g.GetReconnectAfterMs() < 1000 || g.GetPermanent() {
 		t.Errorf("goodbye %v", g)
 	}
 	close(release)
 	first.welcome()
 	second.welcome()
+	third.welcome()
+}
+
+// TestHelloDoesNotWaitForEver: who is not admitted in time is asked to come back.
+func TestHelloDoesNotWaitForEver(t *testing.T) {
+	t.Parallel()
+	p := newPlane(t, func(c *Config) { c.Handshakes, c.helloWait = 1, time.Millisecond })
+	begun, release := make(chan struct{}, 1), make(chan struct{})
+	p.store.onCall(func(method string) error {
+		if method == "OpenSessions" {
+			begun <- struct{}{}
+			<-release
+		}
+		return nil
+	})
+	first := p.host("a").connect()
+	<-begun
+	if g := p.host("b").connect().goodbye(); g.GetReason() != agentpb.Goodbye_REASON_OVERLOADED {
+		t.Errorf("goodbye %v", g)
+	}
+	close(release)
+	first.welcome()
 }
 
 // TestNoWakeIsMissed: a job whose creator commits and wakes while a Hello is under way is dispatched, whether it was made

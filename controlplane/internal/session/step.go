@@ -50,6 +50,8 @@ type State struct {
 	renewing     bool
 	nextIdentity time.Time
 	identityGap  time.Duration
+	// observed is when the agent's observations would be used up if each took observeEvery; see observe.
+	observed time.Time
 }
 
 // NewState is the state of a stream whose client certificate names agentID; identities are made at most once per gap.
@@ -178,6 +180,8 @@ type (
 		Chain   [][]byte
 		Failure dispatch.Failure
 	}
+	// Observe records what the agent found at a target.
+	Observe struct{ Observation domain.Observation }
 	// Finish ends the stream: the rest is sent unless End.Now, then Goodbye if there is one, then the status.
 	Finish struct{ End End }
 )
@@ -190,6 +194,7 @@ func (RecordRefusal) effect() {}
 func (ClearRefusal) effect()  {}
 func (RenewIdentity) effect() {}
 func (SendIdentity) effect()  {}
+func (Observe) effect()       {}
 func (Finish) effect()        {}
 
 // End is how a stream ends.
@@ -342,6 +347,8 @@ func (m *machine) received(r *agentpb.ConnectRequest, at time.Time) {
 		m.rejected(v.Rejected, at)
 	case *agentpb.ConnectRequest_IdentityCsr:
 		m.identity(v.IdentityCsr, at)
+	case *agentpb.ConnectRequest_Observed:
+		m.observe(v.Observed, at)
 	case *agentpb.ConnectRequest_Goodbye:
 		m.finish(End{Code: codes.OK, Silent: true})
 	case *agentpb.ConnectRequest_Beat, *agentpb.ConnectRequest_Progress:
@@ -575,6 +582,31 @@ func (m *machine) result(r *agentpb.Result, at time.Time) {
 		return
 	}
 	m.report(out, at)
+}
+
+const (
+	// An agent may observe as many targets as it keeps in a row, then one each observeEvery: what is beyond that is left out, and
+	// said again on its next stream.
+	observeBurst = 256
+	observeEvery = time.Second
+)
+
+// observe takes what the agent found at a target by itself.
+func (m *machine) observe(r *agentpb.Observed, at time.Time) {
+	o, ok := observationFrom(r)
+	if !ok {
+		m.finish(violation("an observation names no placement, or holds what is no fingerprint"))
+		return
+	}
+	if m.observed.Before(at) {
+		m.observed = at
+	}
+	if m.observed.Sub(at) >= observeBurst*observeEvery {
+		return
+	}
+	m.observed = m.observed.Add(observeEvery)
+	o.AgentID, o.At = m.agentID, domain.Micro(at)
+	m.do(Observe{o})
 }
 
 func (m *machine) identity(r *agentpb.IdentityCsr, at time.Time) {

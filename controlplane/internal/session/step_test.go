@@ -227,6 +227,7 @@ func TestRandomMessages(t *testing.T) {
 		{Message: &agentpb.ConnectRequest_Beat{}}, {Message: &agentpb.ConnectRequest_Hello{}}, {Message: &agentpb.ConnectRequest_Credit{}},
 		{Message: &agentpb.ConnectRequest_Result{}}, {Message: &agentpb.ConnectRequest_Applied{}}, {Message: &agentpb.ConnectRequest_Rejected{}},
 		{Message: &agentpb.ConnectRequest_IdentityCsr{}}, {Message: &agentpb.ConnectRequest_Goodbye{}}, {Message: &agentpb.ConnectRequest_Progress{}},
+		{Message: &agentpb.ConnectRequest_Observed{}}, observed("cert_1", "tgt_1", "it differs"),
 	}
 	rapid.Check(t, func(t *rapid.T) {
 		s := NewState("agt_1", time.Second)

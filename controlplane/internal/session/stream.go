@@ -277,7 +277,7 @@ func (st *stream) protoStep(e Event) (admit *Admit) {
 		case Admit:
 			admit = &f
 		case Greet:
-			st.greeting = &agentpb.Welcome{Protocol: protocolMax, BeatIntervalMs: st.s.cfg.BeatInterval.Milliseconds(),
+			st.greeting = &agentpb.Welcome{Protocol: protocolMax, BeatIntervalMs: st.s.beat().Milliseconds(),
 				Resend: f.Resend, ReportLeaves: f.ReportLeaves}
 		case Work:
 			if !st.draining {
@@ -297,6 +297,8 @@ func (st *stream) protoStep(e Event) (admit *Admit) {
 				}
 				return err
 			})
+		case Observe:
+			st.observed(f.Observation)
 		case RenewIdentity:
 			st.renew(f.CSR)
 		case SendIdentity:
@@ -317,6 +319,7 @@ func (st *stream) part(e End) {
 	}
 	st.out.ending = &e
 	st.partBy.Store(st.s.cfg.Clock.Now().Add(partTimeout).UnixMicro())
+	st.s.expect(st)
 	st.room.Broadcast()
 	st.flushOut()
 }

@@ -58,6 +58,8 @@ func classFrom(c agentpb.WorkClass) (dispatch.Class, bool) {
 		return dispatch.Key, true
 	case agentpb.WorkClass_WORK_CLASS_DEPLOY:
 		return dispatch.Deploy, true
+	case agentpb.WorkClass_WORK_CLASS_VERIFY:
+		return dispatch.Verify, true
 	default:
 		return 0, false
 	}
@@ -132,6 +134,29 @@ func deployedFrom(d *agentpb.Deployed) domain.DeployResult {
 	return r
 }
 
+// observationFrom reads an Observed; ok is false when it names no placement that there could be.
+func observationFrom(o *agentpb.Observed) (domain.Observation, bool) {
+	for _, id := range []string{o.GetTargetId(), o.GetCertificateId()} {
+		if id == "" || len(id) > maxID || strings.ContainsFunc(id, func(c rune) bool { return c <= ' ' || c >= 0x7f }) {
+			return domain.Observation{}, false
+		}
+	}
+	for _, b := range [][]byte{o.GetInstalledFingerprint(), o.GetServedFingerprint()} {
+		if len(b) != 0 && len(b) != sha256.Size {
+			return domain.Observation{}, false
+		}
+	}
+	if o.GetGeneration() < 1 {
+		return domain.Observation{}, false
+	}
+	out := domain.Observation{CertificateID: strings.Clone(o.GetCertificateId()), TargetID: strings.Clone(o.GetTargetId()), Generation: o.GetGeneration(),
+		InstalledFingerprint: hex.EncodeToString(o.GetInstalledFingerprint()), ServedFingerprint: hex.EncodeToString(o.GetServedFingerprint())}
+	if f := o.GetProblem(); f != nil {
+		out.Problem = failureFrom(f).Message
+	}
+	return out, true
+}
+
 func failurePB(f dispatch.Failure) *agentpb.Failure {
 	if f == (dispatch.Failure{}) {
 		return nil
@@ -180,6 +205,13 @@ func assignmentPB(w domain.Work) *agentpb.Assignment {
 		a.Work = &agentpb.Assignment_Key{Key: &agentpb.KeyWork{CertificateId: w.Job.CertificateID, Generation: w.Job.Generation,
 			KeyAlgorithm: string(w.KeyAlgorithm), CommonName: w.Names.CommonName, DnsNames: w.Names.DNS, IpAddresses: w.Names.IP,
 			EmailAddresses: w.Names.Email, Uris: w.Names.URI}}
+		return a
+	}
+	if dispatch.ClassOf(w.Job.Kind) == dispatch.Verify {
+		a.Class = agentpb.WorkClass_WORK_CLASS_VERIFY
+		want := sha256.Sum256(w.Version.DER)
+		a.Work = &agentpb.Assignment_Verify{Verify: &agentpb.VerifyWork{CertificateId: w.Job.CertificateID, Generation: w.Job.Generation,
+			Fingerprint: want[:], Target: targetPB(w.Target)}}
 		return a
 	}
 	a.Class = agentpb.WorkClass_WORK_CLASS_DEPLOY

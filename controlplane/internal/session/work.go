@@ -96,7 +96,9 @@ func (st *stream) workEffect(f dispatch.Effect) {
 	case dispatch.Foreign:
 		st.foreign(f.Ref)
 	case dispatch.Wait:
-		st.waitUntil.Store(microTime(f.Until))
+		if st.waitUntil.Store(microTime(f.Until)); !f.Until.IsZero() {
+			s.expect(st)
+		}
 	}
 }
 
@@ -187,20 +189,44 @@ func (st *stream) foreign(ref domain.JobRef) {
 	})
 }
 
+// observed records what the agent found at a target. One that could not be recorded is said again on the next stream.
+func (st *stream) observed(o domain.Observation) {
+	s := st.s
+	o.RequestID = st.who.requestID
+	s.background("record an observation", func(ctx context.Context) error {
+		changed, err := s.cfg.Store.RecordObservation(ctx, o)
+		if fault.Is(err, fault.NotFound) {
+			s.cfg.Log.Warn("agent observed what is not placed there", "agent_id", o.AgentID, "target_id", o.TargetID, "certificate_id", o.CertificateID)
+			if !s.guard.mayAudit() {
+				return nil
+			}
+			return s.audit(ctx, st.who, "agent.foreign_observation", "certificate/"+o.CertificateID, string(fault.NotFound),
+				map[string]string{"target": o.TargetID})
+		}
+		if err != nil || !changed {
+			return err
+		}
+		if o.Problem != "" {
+			s.cfg.Log.Warn("placement drifted", "agent_id", o.AgentID, "target_id", o.TargetID, "certificate_id", o.CertificateID, "reason", o.Problem)
+		}
+		s.cfg.Hub.Publish(hub.Notice{Kind: hub.Certificates, ID: o.CertificateID})
+		if s.cfg.Changed != nil {
+			s.cfg.Changed()
+		}
+		return nil
+	})
+}
+
 // admit records the session, loads all that is known of the agent, and begins the conversation. It runs in the reader.
 func (st *stream) admit(h Hello) {
 	s := st.s
-	if !s.gate.TryAcquire(1) {
+	// One agent's many Hellos must not fill the queue at the gate.
+	if !s.register(st) || !s.pass(st) {
 		s.metrics.refused.WithLabelValues("overloaded").Inc()
 		st.end(endOverloaded(jitter(helloRetry)))
 		return
 	}
 	defer s.gate.Release(1)
-	if !s.register(st) {
-		s.metrics.refused.WithLabelValues("overloaded").Inc()
-		st.end(endOverloaded(jitter(helloRetry)))
-		return
-	}
 	// Its own deadline instead of the stream's: a session that is recorded must not be left behind because the agent hung
 	// up in that moment.
 	ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
@@ -240,6 +266,21 @@ func (st *stream) admit(h Hello) {
 	st.proto(ev)
 	s.cfg.Log.Info("agent connected", "agent_id", id, "epoch", o.Epoch, "open", len(h.Held), "remote_addr", st.who.remote)
 	s.cfg.Hub.Publish(hub.Notice{Kind: hub.Agents, ID: id})
+}
+
+// pass waits for a place at the gate, first come first served: the TLS handshake, which costs more than the Hello, is paid
+// for by then, and an agent that is sent away makes another. False: too many wait, or it took too long.
+func (s *Server) pass(st *stream) bool {
+	if s.gate.TryAcquire(1) {
+		return true
+	}
+	defer s.waiting.Add(-1)
+	if s.waiting.Add(1) > s.cfg.helloQueue {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(st.wire.Context(), s.cfg.helloWait)
+	defer cancel()
+	return s.gate.Acquire(ctx, 1) == nil
 }
 
 // everything loads what an open conversation needs.
