@@ -1,0 +1,164 @@
+package storetest
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/certmesh/certmesh/controlplane/internal/store"
+)
+
+const (
+	// bigRows is how many certificates BenchmarkBigTables makes unless CERTMESH_BIG_ROWS says otherwise; smallRows is what
+	// it compares them with in the same run.
+	bigRows, smallRows = 1_000_000, 1_000
+	bigPage            = 50
+	deepPage           = 10_000
+	samples            = 100
+)
+
+// BenchmarkBigTables measures what an operator and the duties wait for when the tables are large: the first and the
+// ten-thousandth page of each declared list (of a shorter list, the page at its middle), a batch of 1,000 due renewals, and
+// the counts of the estate, at a thousand certificates and at a million with three jobs of history for each. Of each 100
+// are measured, one at a time. Every deep page is first compared with a plain query. It ends with a table in Markdown.
+func BenchmarkBigTables(b *testing.B) {
+	rows := bigRows
+	if s := os.Getenv("CERTMESH_BIG_ROWS"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < smallRows {
+			b.Fatalf("CERTMESH_BIG_ROWS is %q and must be a number from %d", s, smallRows)
+		}
+		rows = n
+	}
+	for _, e := range Engines(b) {
+		b.Run(e.Name, func(b *testing.B) {
+			small := measureBig(b, e, smallRows)
+			large := measureBig(b, e, rows)
+			b.ReportMetric(0, "ns/op")
+			var out strings.Builder
+			fmt.Fprintf(&out, "\n%s: milliseconds, p50 / p99 of %d; at %d and %d certificates\n", e.Name, samples, smallRows, rows)
+			fmt.Fprintf(&out, "| what | at %d | at %d | ratio of p50 |\n| --- | --- | --- | --- |\n", smallRows, rows)
+			worst50, worst99 := time.Duration(0), time.Duration(0)
+			for _, m := range large {
+				i := slices.IndexFunc(small, func(s measured) bool { return s.what == m.what })
+				fmt.Fprintf(&out, "| %s%s | %s | %s | %.1f |\n", m.what, m.note, small[i], m, float64(m.p50)/float64(small[i].p50))
+				if m.list {
+					worst50, worst99 = max(worst50, m.p50), max(worst99, m.p99)
+				} else {
+					b.ReportMetric(float64(m.p50.Microseconds())/1000, strings.Fields(m.what)[0]+"-p50-ms")
+				}
+			}
+			b.ReportMetric(float64(worst50.Microseconds())/1000, "list-worst-p50-ms")
+			b.ReportMetric(float64(worst99.Microseconds())/1000, "list-worst-p99-ms")
+			// Not b.Log, which cuts what is long.
+			if _, err := os.Stdout.WriteString(out.String()); err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}
+
+// measured is what one call takes.
+type measured struct {
+	what, note string
+	list       bool
+	p50, p99   time.Duration
+}
+
+func (m measured) String() string {
+	ms := func(d time.Duration) string { return fmt.Sprintf("%.2f", float64(d.Microseconds())/1000) }
+	return ms(m.p50) + " / " + ms(m.p99)
+}
+
+func measureBig(b *testing.B, e Engine, rows int) []measured {
+	b.Helper()
+	w := NewWorld(b, e)
+	begun := time.Now()
+	big := seedBig(b, w, rows)
+	b.Logf("%s: %d certificates and %d jobs made in %.0f s", e.Name, rows, jobsEach*rows, time.Since(begun).Seconds())
+	ctx := b.Context()
+	var out []measured
+	for _, c := range listCases(big) {
+		cursor, note := big.deep(b, w.S, c)
+		for what, after := range map[string]string{"first page": "", "deep page": cursor} {
+			m := timed(b, func() error {
+				_, _, err := c.page(ctx, w.S, bigPage, after)
+				return err
+			})
+			m.what, m.list = c.name+", "+what, true
+			if after != "" {
+				m.note = note
+			}
+			out = append(out, m)
+		}
+	}
+	slices.SortFunc(out, func(a, b measured) int { return strings.Compare(a.what, b.what) })
+	now := Start.Add(-13 * 24 * time.Hour)
+	const batch = 1000
+	due := timed(b, func() error {
+		got, err := w.S.DueLeaves(ctx, 3, now, batch)
+		if err == nil && rows > 500_000 && len(got) != batch {
+			err = fmt.Errorf("%d are due in a shard, not %d", len(got), batch)
+		}
+		return err
+	})
+	due.what = "due: a batch of 1,000 renewals"
+	next := timed(b, func() error { _, err := w.S.NextDue(ctx); return err })
+	next.what = "next-due: when the duties look again"
+	counts := timed(b, func() error { _, err := w.S.Counts(ctx); return err })
+	counts.what = "counts: sizes of the estate"
+	return append(out, due, next, counts)
+}
+
+// timed calls fn some times to warm up and then measures it. What takes long is measured less often.
+func timed(b *testing.B, fn func() error) measured {
+	b.Helper()
+	const warm, patience = 10, 5 * time.Second
+	var took []time.Duration
+	for i, begun := 0, time.Now(); i < warm+samples && (time.Since(begun) < patience || len(took) < warm); i++ {
+		at := time.Now()
+		if err := fn(); err != nil {
+			b.Fatal(err)
+		}
+		if i >= warm || time.Since(begun) > patience/2 {
+			took = append(took, time.Since(at))
+		}
+	}
+	slices.Sort(took)
+	return measured{p50: took[len(took)/2], p99: took[len(took)*99/100]}
+}
+
+// deep is the cursor of the deepest page that is looked at, and a note where that is not the ten-thousandth; the page is
+// compared with what a plain query finds there. A list without a second page has none.
+func (g big) deep(b *testing.B, s *store.Store, c listCase) (cursor, note string) {
+	b.Helper()
+	from := " FROM " + c.table + " WHERE " + c.where
+	all := g.one(b, "SELECT COUNT(*)"+from)
+	page := deepPage
+	if all <= deepPage*bigPage {
+		page = max(all/2/bigPage, 1)
+		note = fmt.Sprintf(" (page %d)", page)
+	}
+	before := (page - 1) * bigPage
+	if before == 0 {
+		return "", note
+	}
+	limit := fmt.Sprintf(" ORDER BY %s LIMIT %d OFFSET %d", c.order, bigPage+1, before-1)
+	keys := column(b, g.db, "SELECT "+c.key+from+limit)
+	want := column(b, g.db, "SELECT id"+from+limit)[1:]
+	cursor = base64.RawURLEncoding.EncodeToString([]byte(c.table + "/" + c.By() + "/" + c.Sort() + "/" + keys[0]))
+	got, _, err := c.page(context.WithoutCancel(b.Context()), s, bigPage, cursor)
+	if err != nil {
+		b.Fatalf("%s: %v", c.name, err)
+	}
+	if !slices.Equal(got, want) {
+		b.Fatalf("%s: page %d is %q and not %q", c.name, page, got, want)
+	}
+	return cursor, note
+}
