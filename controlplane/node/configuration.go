@@ -94,6 +94,15 @@ func LoadConfiguration(mode Mode, file string, getenv func(string) (string, bool
 // Values lists every setting with its origin.
 func (c *Configuration) Values() []Value { return c.loaded.Values() }
 
+// OperatorAddress is host:port under which operators reach this node, by its first name.
+func (c *Configuration) OperatorAddress() string {
+	_, port, err := net.SplitHostPort(c.loaded.Config.Listen.GRPC)
+	if err != nil {
+		port = "8442"
+	}
+	return net.JoinHostPort(c.loaded.Config.Node.Names[0], port)
+}
+
 // ShutdownTimeout is the budget of a graceful stop.
 func (c *Configuration) ShutdownTimeout() time.Duration { return c.loaded.Config.Jobs.ShutdownTimeout }
 
@@ -173,6 +182,23 @@ func CreateAPIKey(ctx context.Context, c *Configuration, name, role string, ttl 
 	}
 	text, err := createAPIKey(ctx, s, name, role, ttl, time.Now())
 	return text, errors.Join(err, s.Close())
+}
+
+// MeshFingerprint is the SHA-256 of the root by which clients know the nodes, in hex; empty while no node has made it yet.
+func MeshFingerprint(ctx context.Context, c *Configuration) (string, error) {
+	s, err := openReady(ctx, c)
+	if err != nil {
+		return "", err
+	}
+	_, roots, err := s.TrustBundle(ctx)
+	err = errors.Join(err, s.Close())
+	if fault.Is(err, fault.NotFound) || err == nil && len(roots) == 0 {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	return domain.HashHex(roots[0]), nil
 }
 
 // APIKeys lists operators' keys, without their secrets.

@@ -197,9 +197,11 @@ func (c *command) migrations(steps []node.MigrationStep) {
 }
 
 func (c *command) config() *cobra.Command {
-	var format string
+	var format, mode string
 	cmd := &cobra.Command{
 		Use: "config", Short: "Print the effective configuration and where each value came from", Args: noArgs,
+		Long: `Print the effective configuration and where each value came from. serve and dev differ in defaults, and serve
+demands settings that others do without: --mode says for which of them to print, and fails as that one would.`,
 		RunE: func(*cobra.Command, []string) error {
 			switch format {
 			case "table", "markdown":
@@ -210,7 +212,12 @@ func (c *command) config() *cobra.Command {
 				fmt.Fprint(c.stdout, node.ConfigurationReference())
 				return nil
 			}
-			cfg, err := c.load(node.Admin)
+			switch node.Mode(mode) {
+			case node.Serve, node.Dev, node.Admin:
+			default:
+				return usageError{fmt.Errorf("--mode %q: use serve, dev or admin", mode)}
+			}
+			cfg, err := c.load(node.Mode(mode))
 			if err != nil {
 				return err
 			}
@@ -222,6 +229,7 @@ func (c *command) config() *cobra.Command {
 			return w.Flush()
 		},
 	}
+	cmd.Flags().StringVar(&mode, "mode", string(node.Admin), "for serve, dev, or admin: the commands that only touch the store")
 	cmd.Flags().StringVar(&format, "format", "table", "table, or markdown for the reference page of all settings")
 	return cmd
 }
@@ -233,6 +241,10 @@ func (c *command) apikey() *cobra.Command {
 	var ttl time.Duration
 	create := &cobra.Command{
 		Use: "create", Short: "Make an API key and print it once", Args: noArgs,
+		Long: `Make an API key and print it once, alone on standard output; how to log in with it is on standard error. Roles: admin
+does everything; operator orders, renews, deploys and revokes certificates, keeps targets and cancels jobs; approver
+approves and rejects jobs; viewer reads. Make one key a person: the trail knows people by its name, and who orders a
+certificate cannot approve it.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if name == "" {
 				return usageError{errors.New("--name is needed: who will use the key")}
@@ -246,11 +258,21 @@ func (c *command) apikey() *cobra.Command {
 				return err
 			}
 			fmt.Fprintln(c.stdout, key)
+			fingerprint, err := node.MeshFingerprint(cmd.Context(), cfg)
+			switch {
+			case err != nil:
+				// The key is made and shown; where it is used is told by docs/operations.md as well.
+				fmt.Fprintln(c.stderr, "How to log in could not be read from the store:", err)
+			case fingerprint == "":
+				fmt.Fprintln(c.stderr, "Start the node once: it makes the CA by which certmesh login knows the server.")
+			default:
+				fmt.Fprintf(c.stderr, "Log in with: certmesh login --server %s --ca-fingerprint %s\n", cfg.OperatorAddress(), fingerprint)
+			}
 			return nil
 		},
 	}
 	create.Flags().StringVar(&name, "name", "", "who will use it (required)")
-	create.Flags().StringVar(&role, "role", "operator", "admin, operator or viewer")
+	create.Flags().StringVar(&role, "role", "operator", "admin, operator, approver or viewer")
 	create.Flags().DurationVar(&ttl, "ttl", 0, "validity; 0 means until revoked")
 	list := &cobra.Command{
 		Use: "list", Short: "List the API keys, without their secrets", Args: noArgs,

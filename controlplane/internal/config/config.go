@@ -4,11 +4,9 @@
 package config
 
 import (
-	"bytes"
 	"encoding"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/url"
 	"os"
@@ -17,8 +15,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"go.yaml.in/yaml/v3"
 
 	"github.com/certmesh/certmesh/protocol/fault"
 )
@@ -159,17 +155,14 @@ type Sources struct {
 func Load(src Sources) (*Loaded, error) {
 	l := &Loaded{}
 	var fileKeys map[string]bool
+	var problems []error
 	if src.File != "" {
 		b, err := os.ReadFile(src.File)
 		if err != nil {
 			return nil, fault.Wrap(fault.Invalid, err, "cannot read the configuration file")
 		}
-		var problem error
-		if fileKeys, problem = decodeFile(b, &l.Config); problem != nil {
-			return nil, fault.New(fault.Invalid, "%s: %w", filepath.Base(src.File), problem)
-		}
+		fileKeys, problems = readFile(filepath.Base(src.File), b, &l.Config)
 	}
-	var problems []error
 	known := map[string]bool{}
 	walk(reflect.ValueOf(&l.Config).Elem(), "", func(key string, f reflect.StructField, v reflect.Value) {
 		known[key] = true
@@ -270,38 +263,6 @@ func (c *Config) problems() []error {
 		bad("log.format", "%q is not json or text", c.Log.Format)
 	}
 	return out
-}
-
-// decodeFile reads YAML strictly and tells which keys it set.
-func decodeFile(b []byte, c *Config) (map[string]bool, error) {
-	d := yaml.NewDecoder(bytes.NewReader(b))
-	d.KnownFields(true)
-	if err := d.Decode(c); err != nil && !errors.Is(err, io.EOF) {
-		return nil, err
-	}
-	var root yaml.Node
-	if err := yaml.Unmarshal(b, &root); err != nil {
-		return nil, err
-	}
-	keys := map[string]bool{}
-	var visit func(n *yaml.Node, prefix string)
-	visit = func(n *yaml.Node, prefix string) {
-		if n.Kind != yaml.MappingNode {
-			keys[prefix] = true
-			return
-		}
-		for i := 0; i+1 < len(n.Content); i += 2 {
-			key := n.Content[i].Value
-			if prefix != "" {
-				key = prefix + "." + key
-			}
-			visit(n.Content[i+1], key)
-		}
-	}
-	if len(root.Content) > 0 {
-		visit(root.Content[0], "")
-	}
-	return keys, nil
 }
 
 func walk(v reflect.Value, prefix string, each func(key string, f reflect.StructField, v reflect.Value)) {

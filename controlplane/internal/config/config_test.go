@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/certmesh/certmesh/protocol/fault"
 )
 
 func write(t *testing.T, text string) string {
@@ -82,11 +84,40 @@ func TestEveryProblemIsNamed(t *testing.T) {
 	}
 }
 
-func TestUnknownKeyIsRefused(t *testing.T) {
+// TestBadFilesAreToldInOneLineEach: by key, file, line and what is allowed, in the words of the file and not of Go.
+func TestBadFilesAreToldInOneLineEach(t *testing.T) {
 	t.Parallel()
-	_, err := Load(Sources{File: write(t, "listen:\n  apu: 127.0.0.1:1\n")})
-	if err == nil || !strings.Contains(err.Error(), "apu") {
-		t.Fatalf("want an error that names the key, got %v", err)
+	for name, c := range map[string]struct{ text, want string }{
+		"unknown key":     {"listen:\n  apu: 127.0.0.1:1\n", "listen.apu: is no setting (node.yaml, line 2); listen has api, grpc, mesh, pki"},
+		"unknown section": {"lisen:\n  api: x\n", `"lisen": is no section (node.yaml, line 1); use one of node, listen, store`},
+		"duration":        {"jobs:\n  keep: long\n", `jobs.keep: "long" is not a duration such as 30s or 1h (node.yaml, line 2)`},
+		"number":          {"store:\n  max_readers: many\n", `store.max_readers: "many" is not a whole number (node.yaml, line 2)`},
+		"truth":           {"store:\n  migrate: perhaps\n", `store.migrate: "perhaps" is not true or false (node.yaml, line 2)`},
+		"list for one":    {"log:\n  level: [a]\n", "log.level: is not a single value (node.yaml, line 2)"},
+		"map for a list":  {"node:\n  names:\n    a: b\n", "node.names: is not a list such as [a, b] (node.yaml, line 3)"},
+		"text for all":    {"hello", "node.yaml holds no sections; write some of node, listen"},
+		"text for a part": {"log: info\n", "log: is a section (node.yaml, line 1); write its settings below it: level, format"},
+		"twice":           {"log:\n  level: info\n  level: warn\n", "log.level: is there twice (node.yaml, line 3); keep one"},
+		"no YAML":         {"log:\n\tlevel: info\n", "node.yaml is not YAML: line 2: found character that cannot start any token; write"},
+		"secret":          {"store:\n  dsn: [hunter2]\n", "store.dsn: is not a single value (node.yaml, line 2)"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, err := Load(Sources{File: write(t, c.text)})
+			if err == nil || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hunter2") {
+				t.Fatalf("got  %v\nwant %s", err, c.want)
+			}
+			if !fault.Is(err, fault.Invalid) {
+				t.Fatalf("class %s", fault.ClassOf(err))
+			}
+		})
+	}
+	l, err := Load(Sources{File: write(t, "node:\n  names: [a, b]\n  id:\njobs:\nlog: {level: warn}\n")})
+	if err != nil || l.Config.Log.Level != "warn" || strings.Join(l.Config.Node.Names, " ") != "a b" || l.Config.Jobs.Keep != 720*time.Hour {
+		t.Fatalf("%+v %v", l, err)
+	}
+	if l, err = Load(Sources{File: write(t, "# nothing\n")}); err != nil || l.Config.Log.Level != "info" {
+		t.Fatal(err)
 	}
 }
 
