@@ -22,6 +22,9 @@ BUF_BASE     ?= $(shell $(GIT) describe --tags --abbrev=0 --match 'v*' 2>/dev/nu
 
 CHAOS_ROUNDS ?= 200
 KEEP         ?=
+BASE         ?=
+MINUTE       ?=
+FACTOR       ?= 3
 LINT_FLAGS   ?=
 
 .PHONY: help
@@ -74,8 +77,12 @@ chaos: ## Kill server and agent CHAOS_ROUNDS times (200) at random moments, then
 	CERTMESH_CUT_EVERY=1 go test -v -count=1 -run CutAnywhere -timeout 30m ./controlplane/node
 
 .PHONY: bench
-bench: ## Run the benchmarks
-	go test -run '^$$' -bench . -benchmem ./...
+bench: test-deps ## Measure everything that is promised about speed and write it into docs/benchmarks.md (10 minutes)
+	go run -C tools ./bench run -root $(CURDIR)
+
+.PHONY: bench-compare
+bench-compare: test-deps ## Compare this tree with the revision BASE; MINUTE=1 for the short form, FACTOR=3 is what fails
+	go run -C tools ./bench compare -root $(CURDIR) -base '$(BASE)' -factor $(FACTOR) $(if $(MINUTE),-minute -turns 3)
 
 .PHONY: cover
 cover: ## Measure coverage over all packages: bin/test/cover.html

@@ -1,0 +1,102 @@
+package main
+
+import "fmt"
+
+// suite is one invocation of go test.
+type suite struct {
+	title string
+	pkg   string
+	bench string   // regexp of -bench
+	args  []string // further arguments of go test in run
+	// turns are the arguments in compare; nil: not compared. minute: also in the short form.
+	turns  []string
+	minute bool
+	// figures are shown with what was promised; all other metrics are listed as they are.
+	figures []figure
+}
+
+// figure is one promise.
+type figure struct {
+	what  string
+	bench string // full name without the processors' suffix
+	unit  string
+	bar   string
+	limit limit
+}
+
+// limit computes the physical limit of a figure from the results of the same run; ok is false when they are missing.
+type limit func(r results) (text string, ok bool)
+
+// suites lists all, in the order in which they run.
+var suites = []suite{
+	{
+		title: "The parts of an issuance",
+		pkg:   "./controlplane/internal/ca", bench: "BenchmarkCheckCSR|BenchmarkPrepare$|BenchmarkSignFromIntent",
+		args: []string{"-benchtime=1s"}, turns: []string{"-benchtime=0.3s"}, minute: true,
+		figures: []figure{
+			{what: "CSR parsed, verified and compared with the order", bench: "CheckCSR", unit: "ns/op", bar: "81 µs"},
+			{what: "to-be-signed bytes built and linted", bench: "Prepare", unit: "ns/op", bar: "130 µs for the lint"},
+			{what: "signed, and the signature verified", bench: "SignFromIntent", unit: "ns/op", bar: "33 + 80 µs"},
+		},
+	},
+	{
+		title: "Issuance",
+		pkg:   "./controlplane/node", bench: "BenchmarkIssue$",
+		args: []string{"-benchtime=10000x"}, turns: []string{"-benchtime=2000x"}, minute: true,
+		figures: []figure{
+			{what: "CSR → checked, linted, intent, signed, verified, recorded; SQLite", bench: "Issue/sqlite", unit: "issued/s", bar: "≥ 1,500/s", limit: issueLimit("sqlite")},
+			{what: "the same, PostgreSQL on the same cores", bench: "Issue/postgres", unit: "issued/s", bar: "≥ 2,000/s", limit: issueLimit("postgres")},
+		},
+	},
+	{
+		title: "The store alone",
+		pkg:   "./controlplane/internal/store/storetest", bench: "BenchmarkIssueStore",
+		args: []string{"-benchtime=4000x"}, turns: []string{"-benchtime=1000x"},
+	},
+	{
+		title: "Latency, bursts and footprint",
+		pkg:   "./e2e/bench/renewals", bench: ".",
+		args: []string{"-benchtime=1x", "-timeout=10m"},
+	},
+	{
+		title: "Fairness and overload",
+		pkg:   "./e2e/bench/overload", bench: ".",
+		args: []string{"-benchtime=1x", "-timeout=10m"},
+	},
+	{
+		title: "Streams",
+		pkg:   "./e2e/bench/streams", bench: "BenchmarkStreams",
+		args: []string{"-benchtime=1x", "-timeout=20m"},
+	},
+	{
+		title: "Big tables",
+		pkg:   "./controlplane/internal/store/storetest", bench: "BenchmarkBigTables",
+		args: []string{"-benchtime=1x", "-timeout=30m"},
+	},
+}
+
+// issueLimit is what the processors would give if nothing were lost between the parts: the cryptography and the lint, which
+// no store saves.
+func issueLimit(engine string) limit {
+	return func(r results) (string, bool) {
+		var ns float64
+		for _, part := range []string{"CheckCSR", "Prepare", "SignFromIntent"} {
+			v, ok := r.median(part, "ns/op")
+			if !ok {
+				return "", false
+			}
+			ns += v
+		}
+		cores := float64(r.cores)
+		text := fmt.Sprintf("%.0f/s with a store that costs nothing (%.0f µs of cryptography and lint, %d cores)", cores*1e9/ns, ns/1000, r.cores)
+		own, ok := r.median("Issue/"+engine, "cpu-µs/op")
+		if !ok {
+			return text, true
+		}
+		total := own
+		if db, ok := r.median("Issue/"+engine, "db-cpu-µs/op"); ok {
+			total += db
+		}
+		return text + fmt.Sprintf("; %.0f/s with the %.0f µs of processor that each takes here, database included", cores*1e6/total, total), true
+	}
+}
