@@ -90,7 +90,7 @@ func operator(t testing.TB, n *Node) (context.Context, *grpc.ClientConn) {
 	return metadata.AppendToOutgoingContext(t.Context(), "authorization", "Bearer "+p.APIKey), conn
 }
 
-func TestARestartKeepsTrustAndTheOperatorsKey(t *testing.T) {
+func TestLesson17ARestartKeepsTrustAndTheOperatorsKey(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	n := startDev(t, dir, nil)
@@ -196,7 +196,7 @@ func TestAPIKeysBesideTheStore(t *testing.T) {
 }
 
 // What was derived where nothing was said is in force, and shown.
-func TestEffectiveValuesAreShown(t *testing.T) {
+func TestLesson20EffectiveValuesAreShown(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	shown := map[string]string{}

@@ -26,7 +26,7 @@
 //
 // TestRetire: the stream ends at once, the agent stops and says why, and stays out.
 //
-// TestServe: production mode on PostgreSQL: migrate, config, API key, login, health, readiness, metrics.
+// TestLesson18ServeAsShipped: production mode on PostgreSQL: migrate, config, API key, login, health, readiness, metrics.
 //
 // TestSignals: both daemons end cleanly on SIGINT.
 //

@@ -13,8 +13,8 @@ import (
 	"github.com/certmesh/certmesh/e2e/estate/estatetest"
 )
 
-// TestServe goes the way of production, with nothing made up by `dev`.
-func TestServe(t *testing.T) {
+// TestLesson18ServeAsShipped goes the way of production, with nothing made up by `dev`.
+func TestLesson18ServeAsShipped(t *testing.T) {
 	t.Parallel()
 	l := &hosts{Lab: estatetest.New(t)}
 	dsn, stop, err := l.StartPostgres(l.Ctx)

@@ -398,8 +398,8 @@ func TestAuditEvents(t *testing.T) {
 	wantList(t, "woken", r.sessions.take(&r.sessions.woken), []string{webAgent})
 }
 
-// TestSecretsStayInside: keys, tokens and CA keys are in no log line, audit row or error, whatever goes wrong.
-func TestSecretsStayInside(t *testing.T) {
+// TestLesson19SecretsStayInside: keys, tokens and CA keys are in no log line, audit row or error, whatever goes wrong.
+func TestLesson19SecretsStayInside(t *testing.T) {
 	t.Parallel()
 	r := newRig(t).estate(t)
 	const line1, line2 = "MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg", "c2VjcmV0IG1hdGVyaWFsIG9mIGEgQ0E="

@@ -125,8 +125,8 @@ func TestNonPositiveCapsAreOne(t *testing.T) {
 	}
 }
 
-// TestAgentsJobsAreNotRunCentrally: they are returned as skipped, each with its reason, and never called.
-func TestAgentsJobsAreNotRunCentrally(t *testing.T) {
+// TestLesson1AgentsJobsAreNotRunCentrally: they are returned as skipped, each with its reason, and never called.
+func TestLesson1AgentsJobsAreNotRunCentrally(t *testing.T) {
 	t.Parallel()
 	jobs := centralJobs(6, "iss_1")
 	for _, i := range []int{1, 4} {

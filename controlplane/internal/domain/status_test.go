@@ -114,7 +114,7 @@ func TestFailureBackoff(t *testing.T) {
 }
 
 // Lesson 4: attempts are counted, the maximum binds, and what is over is over with its reason.
-func TestAfterFailureCountsToItsMaximum(t *testing.T) {
+func TestLesson4AttemptsCountToTheirMaximum(t *testing.T) {
 	t.Parallel()
 	f := Failure{Class: "retryable", Message: "connection refused", At: start}
 	for _, accepted := range []bool{true, false} {

@@ -364,9 +364,9 @@ func TestRetireAndRevokeEndTheStreamAtOnce(t *testing.T) {
 	eventually(t, "refusals are in the trail", func() bool { return len(p.store.audited("agent.connect_refused")) == 2 })
 }
 
-// TestOverloaded: only so many Hellos are worked on at once, so many wait, and the rest is asked to come back, at
+// TestLesson14Overloaded: only so many Hellos are worked on at once, so many wait, and the rest is asked to come back, at
 // different times.
-func TestOverloaded(t *testing.T) {
+func TestLesson14Overloaded(t *testing.T) {
 	t.Parallel()
 	p := newPlane(t, func(c *Config) { c.Handshakes, c.helloQueue, c.helloWait = 2, 1, time.Hour })
 	begun, release := make(chan struct{}, 3), make(chan struct{})

@@ -158,9 +158,9 @@ func TestReplayedResult(t *testing.T) {
 	}
 }
 
-// TestAnotherAgentsIDs sends each message with the ids of another agent's work: it is ignored, put into the trail, and
+// TestLesson16AnotherAgentsIDs sends each message with the ids of another agent's work: it is ignored, put into the trail, and
 // nothing of the other is changed or told.
-func TestAnotherAgentsIDs(t *testing.T) {
+func TestLesson16AnotherAgentsIDs(t *testing.T) {
 	t.Parallel()
 	for name, say := range map[string]func(id string, attempt int64) *agentpb.ConnectRequest{
 		"Accepted": accepted,

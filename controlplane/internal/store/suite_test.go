@@ -8,7 +8,7 @@ import (
 
 func TestMain(m *testing.M) { storetest.Main(m) }
 
-func TestSuite(t *testing.T) {
+func TestLesson7SuiteOnEveryEngine(t *testing.T) {
 	t.Parallel()
 	storetest.Each(t, func(t *testing.T, e storetest.Engine) { storetest.Exercise(t, e) })
 }

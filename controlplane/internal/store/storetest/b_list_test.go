@@ -227,9 +227,9 @@ func TestNamePrefixInALanguage(t *testing.T) {
 	}
 }
 
-// TestListsAreLedByIndexes explains every statement that the other lists send (certificates and jobs have TestListings), with its arguments. The planners are told to
+// TestLesson10ListsAreLedByIndexes explains every statement that the other lists send (certificates and jobs have TestListings), with its arguments. The planners are told to
 // prefer any index to a scan and to a sort, so that what is left of either is what no index serves.
-func TestListsAreLedByIndexes(t *testing.T) {
+func TestLesson10ListsAreLedByIndexes(t *testing.T) {
 	t.Parallel()
 	type sent struct {
 		text string

@@ -56,7 +56,7 @@ func step(w *World, s *store.Store, t *testing.T, x domain.Work, epoch domain.Ep
 
 // A process is cut at every single event of an issuance, from the order to the proof that it is served; the next process
 // takes it to its end, with one certificate signed.
-func TestCutAnywhere(t *testing.T) {
+func TestLesson5CutAnywhere(t *testing.T) {
 	t.Parallel()
 	Each(t, func(t *testing.T, e Engine) {
 		w := NewWorld(t, e)
