@@ -17,7 +17,6 @@ func BenchmarkIssueStore(b *testing.B) {
 		b.Run(e.Name, func(b *testing.B) {
 			w := NewWorld(b, e)
 			a := w.Agent(b, "web1")
-			g := w.Target(b, a.ID, "one")
 			epoch := w.Open(b, a.ID, "n1").Epoch
 			jobs := make([]domain.Job, b.N)
 			var orders sync.WaitGroup
@@ -27,7 +26,7 @@ func BenchmarkIssueStore(b *testing.B) {
 				slots <- struct{}{}
 				go func() {
 					defer func() { <-slots; orders.Done() }()
-					_, list, err := w.S.CreateCertificate(b.Context(), w.order(fmt.Sprintf("c%d.test", i), g.ID))
+					_, list, err := w.S.CreateCertificate(b.Context(), w.order(fmt.Sprintf("c%d.test", i), w.Target(b, a.ID, fmt.Sprintf("t%d", i)).ID))
 					if err != nil {
 						b.Error(err)
 						return

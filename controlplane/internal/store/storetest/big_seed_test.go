@@ -140,6 +140,8 @@ func (b big) statements() []string {
 	open := fmt.Sprintf("i >= %d", (jobsEach-1)*n+b.settled())
 	bytes := map[bool]string{true: "BLOB", false: "BYTEA"}[b.lite()]
 	return []string{
+		insert("profile", "id, name, key_algorithm, allowed, ekus, ttl, max_ttl, created_at",
+			"'prof_' || i, 'profile-' || i, 'ECDSA-P256', '[\"ECDSA-P256\"]', '[\"serverAuth\"]', 4060800000000, 4060800000000, 0", 10, "i"),
 		insert("agent", "id, name, state, labels, facts, capabilities, protocol, reason, created_at, last_seen, offline_since",
 			hex("agt", "i")+", 'host-' || i, CASE WHEN i % 20 = 0 THEN 'Offline' ELSE 'Online' END, '{}', '{}', '[]', 1, '', 0, 0, 0", 1001, "i"),
 		insert("certificate", "id, name, common_name, issuer_id, profile_id, owner, policy, status, not_after, status_at, shard, request_id, created_by, created_at, updated_at, revision",
