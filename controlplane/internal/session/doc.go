@@ -3,8 +3,9 @@
 //
 // A stream costs two goroutines: gRPC's handler, which waits for the end, and a reader. A sender runs only while something
 // is to be sent, so that there is never more than one; and because the handler never sends, an agent that reads nothing
-// can be cut off: returning from the handler is what ends a blocked Send. What takes time (store, issuer) runs in pools
-// of bounded size and comes back as events. One ticker serves all streams.
+// can be cut off: returning from the handler is what ends a blocked Send. An admission runs beside the reader, so that
+// the stacks of both stay small. What takes time (store, issuer) runs in pools of bounded size and comes back as events.
+// One ticker serves all streams.
 //
 // A Hello registers its stream before the session is committed, and loads the work after it: so whoever creates a job,
 // commits and then wakes, either finds the stream or its job is loaded.

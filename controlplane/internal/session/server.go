@@ -417,6 +417,7 @@ func (s *Server) add(st *stream) error {
 	if s.stopping {
 		return fault.New(fault.Retryable, "this node is stopping; connect to another")
 	}
+	st.taken = true
 	s.all[st] = struct{}{}
 	return nil
 }

@@ -31,8 +31,10 @@ type stream struct {
 	who   caller
 	begun time.Time
 	// done is closed when the stream has ended, with result as its status.
-	done   chan struct{}
-	once   sync.Once
+	done chan struct{}
+	once sync.Once
+	// taken: the server has it. Written by add, before anybody can end the stream.
+	taken  bool
 	result error
 
 	// epoch of the open session, 0 before; guarded by s.mu.
@@ -94,22 +96,43 @@ func (o *outbox) next() (m *agentpb.ConnectResponse, fin bool) {
 	return m, false
 }
 
-// Connect implements the agent service.
+// Connect implements the agent service. It waits for the end of the stream and does nothing else before, so that its
+// goroutine keeps the small stack it began with.
 func (s *Server) Connect(wire grpc.BidiStreamingServer[agentpb.ConnectRequest, agentpb.ConnectResponse]) error {
-	who, err := s.caller(wire.Context())
-	if err != nil {
-		return err
-	}
-	st := &stream{s: s, wire: wire, who: who, begun: s.cfg.Clock.Now(), done: make(chan struct{}),
-		state: NewState(who.agentID, s.identityGap())}
-	st.room.L = &st.mu
-	if err := s.add(st); err != nil {
-		return err
-	}
-	go st.read()
+	st := &stream{s: s, wire: wire, done: make(chan struct{})}
+	go st.run()
 	<-st.done
-	st.close()
+	if st.taken {
+		st.close()
+	}
 	return st.result
+}
+
+// run takes the stream on and reads it.
+func (st *stream) run() {
+	if err := st.begin(); err != nil {
+		st.once.Do(func() {
+			st.result = err
+			close(st.done)
+		})
+		return
+	}
+	st.read()
+}
+
+// begin finds out who the agent is.
+//
+//go:noinline
+func (st *stream) begin() error {
+	return contain(st.s.cfg.Log, "take on an agent's stream", func() (err error) {
+		if st.who, err = st.s.caller(st.wire.Context()); err != nil {
+			return err
+		}
+		st.begun = st.s.cfg.Clock.Now()
+		st.state = NewState(st.who.agentID, st.s.identityGap())
+		st.room.L = &st.mu
+		return st.s.add(st)
+	})
 }
 
 // close is the mirror image of admit.
@@ -143,31 +166,62 @@ func (st *stream) closeSession(epoch domain.Epoch) {
 	})
 }
 
-// read takes the agent's messages until the stream ends.
+// read takes the agent's messages until the stream ends. Its goroutine waits here nearly always, so that its frames are
+// kept small: what is deep happens in functions of their own, or beside it.
 func (st *stream) read() {
 	err := contain(st.s.cfg.Log, "read an agent's stream", func() error {
 		for {
 			m, err := st.wire.Recv()
-			if errors.Is(err, io.EOF) {
-				st.proto(HungUp{})
+			if !st.received(m, err) {
 				return nil
-			}
-			if err != nil {
-				st.proto(HungUp{Err: receiveError(err)})
-				return nil
-			}
-			now := st.s.cfg.Clock.Now()
-			st.seen.Store(now.UnixMicro())
-			st.s.metrics.received.WithLabelValues(messageName(m)).Inc()
-			if admit := st.take(m, now); admit != nil {
-				st.admit(admit.Hello)
-			}
-			select {
-			case <-st.done:
-				return nil
-			default:
 			}
 		}
+	})
+	if err != nil {
+		st.cut(endError(err))
+	}
+}
+
+// received handles what Recv has returned; false: it was the last.
+//
+//go:noinline
+func (st *stream) received(m *agentpb.ConnectRequest, err error) bool {
+	if errors.Is(err, io.EOF) {
+		st.proto(HungUp{})
+		return false
+	}
+	if err != nil {
+		st.proto(HungUp{Err: receiveError(err)})
+		return false
+	}
+	now := st.s.cfg.Clock.Now()
+	st.seen.Store(now.UnixMicro())
+	st.s.metrics.received.WithLabelValues(messageName(m)).Inc()
+	if admit := st.take(m, now); admit != nil {
+		admitted := make(chan struct{})
+		go func() {
+			defer close(admitted)
+			st.admitting(admit.Hello)
+		}()
+		// Nothing is read meanwhile: what an agent says too early waits.
+		select {
+		case <-admitted:
+		case <-st.done:
+		}
+	}
+	select {
+	case <-st.done:
+		return false
+	default:
+		return true
+	}
+}
+
+// admitting admits on a stack of its own: the reader's would stay as large as the store's needs made it.
+func (st *stream) admitting(h Hello) {
+	err := contain(st.s.cfg.Log, "admit an agent", func() error {
+		st.admit(h)
+		return nil
 	})
 	if err != nil {
 		st.cut(endError(err))

@@ -217,7 +217,7 @@ func (st *stream) observed(o domain.Observation) {
 	})
 }
 
-// admit records the session, loads all that is known of the agent, and begins the conversation. It runs in the reader.
+// admit records the session, loads all that is known of the agent, and begins the conversation.
 func (st *stream) admit(h Hello) {
 	s := st.s
 	// One agent's many Hellos must not fill the queue at the gate.
