@@ -36,6 +36,9 @@ const (
 // defaultVerify is how long a deployment is verified while no setting says otherwise.
 const defaultVerify = 5 * time.Second
 
+// maxWatch bounds the interval at which targets are looked at; a longer one is meant as never, but it is not said so.
+const maxWatch = 30 * 24 * time.Hour
+
 // healInterval is how often a journal that could not be written is probed.
 const healInterval = 5 * time.Second
 
@@ -58,10 +61,10 @@ type agent struct {
 	ids    *identity.Manager
 	keeper *state.Keeper
 
-	verify atomic.Int64 // time.Duration
-	mu     sync.Mutex
-	heal   clockwork.Timer
-	closed bool
+	verify, watchEvery atomic.Int64 // time.Duration
+	mu                 sync.Mutex
+	heal               clockwork.Timer
+	closed             bool
 }
 
 // Run runs an agent until ctx ends, which is a clean stop and returns nil. Other errors are final: bad configuration or
@@ -127,12 +130,13 @@ func (a *agent) open(ctx context.Context) error {
 	}
 	a.verify.Store(int64(defaultVerify))
 	var jrn journal.Journal
+	var placed durable.Store
 	if m := a.cfg.Memory; m != nil {
 		if !m.busy.CompareAndSwap(false, true) {
 			return fault.New(fault.Conflict, "another agent uses this memory")
 		}
 		a.locks = append(a.locks, release{m})
-		jrn, a.keys = m.journal, m.keys
+		jrn, a.keys, placed = m.journal, m.keys, m.placed
 	} else {
 		for _, dir := range []string{a.cfg.DataDir, a.cfg.KeyDir} {
 			if err := durable.PrivateDir(dir); err != nil {
@@ -152,14 +156,20 @@ func (a *agent) open(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		jrn, a.keys = j, k
+		d, err := durable.OpenDir(a.path("placed"))
+		if err != nil {
+			return err
+		}
+		jrn, a.keys, placed = j, k, d
 	}
 	a.keys = a.life.keys(a.keys)
 	a.engine = work.New(ctx, work.Config{
 		Log: a.cfg.Log, Now: a.cfg.Clock.Now, Journal: a.life.journal(jrn), Keys: a.keys, Kinds: a.life.kinds(a.cfg.Kinds),
 		Env: target.Env{Log: a.cfg.Log, Now: a.cfg.Clock.Now, Roots: a.cfg.TargetRoots, Commands: commands(a.cfg.AllowCommands),
 			BackupRetention: a.cfg.BackupRetention},
-		KeyLimit: a.cfg.KeyLimit, DeployLimit: a.cfg.DeployLimit, MaxDeploys: int64(a.cfg.DeployLimit),
+		KeyLimit: a.cfg.KeyLimit, DeployLimit: a.cfg.DeployLimit, VerifyLimit: a.cfg.VerifyLimit, MaxDeploys: int64(a.cfg.DeployLimit),
+		Placed: a.life.files(placed, "placed"), Targets: a.targets, Clock: a.cfg.Clock,
+		WatchInterval: func() time.Duration { return time.Duration(a.watchEvery.Load()) },
 		VerifyTimeout: func() time.Duration { return time.Duration(a.verify.Load()) },
 		Probe:         a.cfg.Probe, Sickened: a.healLater,
 	})
@@ -247,8 +257,10 @@ func (a *agent) join(ctx context.Context, patient bool) error {
 	}
 	a.keeper, err = state.Open(state.Config{Files: a.life.files(states, "state"), Log: a.cfg.Log,
 		TrustBundle: a.ids.ApplyBundle,
-		Target:      func(t *agentpb.TargetSpec) error { return a.engine.CheckTarget(ctx, t) },
-		Settings:    a.settings,
+		Target: func(t *agentpb.TargetSpec, others []*agentpb.TargetSpec) error {
+			return a.engine.CheckTarget(ctx, t, others)
+		},
+		Settings: a.settings,
 	})
 	if err != nil {
 		return err
@@ -264,10 +276,20 @@ func (a *agent) settings(s *agentpb.Settings) {
 		d = time.Duration(min(ms, int64(time.Hour/time.Millisecond))) * time.Millisecond
 	}
 	a.verify.Store(int64(d))
+	a.watchEvery.Store(int64(time.Duration(min(s.GetVerifyIntervalMs(), int64(maxWatch/time.Millisecond))) * time.Millisecond))
+	a.engine.Rewatch()
 }
 
-// serve holds one conversation after another.
+// targets are those that the control plane has placed here, as far as they are in force.
+func (a *agent) targets() []*agentpb.TargetSpec { return a.keeper.Targets() }
+
+// serve holds one conversation after another, and looks after what is deployed meanwhile, whether there is one or not.
 func (a *agent) serve(ctx context.Context) error {
+	watching, stop := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() { a.engine.Watch(watching) })
+	defer watch.Wait()
+	defer stop()
 	route, addr := stream.Route{Seeds: a.cfg.Servers}.Start(mrand.Float64()) //nolint:gosec // spreads agents, hides nothing
 	for {
 		end, err := a.turn(ctx, addr)

@@ -64,8 +64,8 @@ type Config struct {
 	Kinds []target.Kind
 	// Facts describe the host; nil: they are gathered.
 	Facts *agentpb.Facts
-	// KeyLimit and DeployLimit are how many assignments of each class may be in work at once; 0: 8 and 32.
-	KeyLimit, DeployLimit int
+	// KeyLimit, DeployLimit and VerifyLimit are how many assignments of each class may be in work at once; 0: 8, 32 and 8.
+	KeyLimit, DeployLimit, VerifyLimit int
 
 	// InMemory keeps everything in memory; it is lost when Run returns. Memory does, and outlives Run.
 	InMemory bool
@@ -93,21 +93,22 @@ type Config struct {
 
 // Memory is the storage of an agent without a disk. It may be handed to one Run after another, like a data directory.
 type Memory struct {
-	identity, states *durable.Memory
-	journal          *journal.Memory
-	keys             *keystore.Memory
-	busy             atomic.Bool
+	identity, states, placed *durable.Memory
+	journal                  *journal.Memory
+	keys                     *keystore.Memory
+	busy                     atomic.Bool
 }
 
 // NewMemory returns an empty Memory.
 func NewMemory() *Memory {
-	return &Memory{durable.NewMemory(), durable.NewMemory(), journal.NewMemory(), keystore.NewMemory(), atomic.Bool{}}
+	return &Memory{durable.NewMemory(), durable.NewMemory(), durable.NewMemory(), journal.NewMemory(), keystore.NewMemory(), atomic.Bool{}}
 }
 
 const (
 	defaultRetention   = 3
 	defaultKeyLimit    = 8
 	defaultDeployLimit = 32
+	defaultVerifyLimit = 8
 	defaultPort        = "8444"
 
 	maxServers  = 64
@@ -145,6 +146,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.DeployLimit <= 0 {
 		c.DeployLimit = defaultDeployLimit
+	}
+	if c.VerifyLimit <= 0 {
+		c.VerifyLimit = defaultVerifyLimit
 	}
 	if c.InMemory && c.Memory == nil {
 		c.Memory = NewMemory()

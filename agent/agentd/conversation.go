@@ -151,6 +151,8 @@ func (c *conversation) state(st *agentpb.State) {
 	if err := c.a.keeper.Apply(st); err != nil {
 		c.a.cfg.Log.Warn("state rejected; the former version stays in force", "kind", clip(v.GetKind()), "name", clip(v.GetName()), "version", v.GetVersion(), "err", err)
 		answer = &agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Rejected{Rejected: &agentpb.Rejected{Version: v, Failure: work.FailureOf(err)}}}
+	} else if st.GetRemoved() != nil && v.GetKind() == state.KindTarget {
+		c.a.engine.Forget(v.GetName())
 	} else if s := st.GetSettings(); s.GetBeatIntervalMs() > 0 {
 		c.session.SetBeat(time.Duration(min(s.GetBeatIntervalMs(), int64(time.Hour/time.Millisecond))) * time.Millisecond)
 	}

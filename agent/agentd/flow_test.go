@@ -100,7 +100,7 @@ func TestMainJob(t *testing.T) {
 	s := f.next()
 	h := s.hello
 	if h.GetAgentId() != agentID || h.GetProtocol() != 1 || h.GetBootId() == "" || h.GetLabels()["zone"] != "a" ||
-		h.GetFacts().GetHostname() != "host-1" || len(h.GetCredits()) != 2 || len(h.GetOpen()) != 0 || h.GetLeafCount() != 0 {
+		h.GetFacts().GetHostname() != "host-1" || len(h.GetCredits()) != 3 || len(h.GetOpen()) != 0 || h.GetLeafCount() != 0 {
 		t.Errorf("Hello is %v", h)
 	}
 	contains(t, fmt.Sprint(h.GetCapabilities()), "target/file@1", "target/nginx@")

@@ -48,7 +48,7 @@ type StateReport struct {
 type OpenReport struct {
 	ID      string `json:"id"`
 	Attempt int64  `json:"attempt"`
-	// Class is "key" or "deploy".
+	// Class is "key", "deploy" or "verify".
 	Class string `json:"class"`
 	// Phase is "accepted", "csr" or "result".
 	Phase string `json:"phase"`
@@ -101,6 +101,8 @@ func Status(cfg Config) (Report, error) {
 		o := OpenReport{ID: e.Assignment.GetId(), Attempt: e.Assignment.GetAttempt(), Class: "key", Phase: "accepted"}
 		if e.Assignment.GetDeploy() != nil {
 			o.Class = "deploy"
+		} else if e.Assignment.GetVerify() != nil {
+			o.Class = "verify"
 		}
 		switch {
 		case e.Result != nil:

@@ -46,6 +46,26 @@ type FileSettings struct {
 	BackupRetention int `json:"backup_retention" doc:"Former versions kept per file; 0: the agent's setting; -1: none, and then a failed deployment cannot be undone."`
 }
 
+// Paths are the files, or the one directory, that a target of these settings writes.
+func (s FileSettings) Paths() []string {
+	var out []string
+	for _, p := range []string{s.Dir, s.PEMPath, s.CertPath, s.KeyPath, s.ChainPath} {
+		if p != "" {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// FilePaths is Kind.Paths of a kind whose settings S hold FileSettings.
+func FilePaths[S interface{ Paths() []string }](settings json.RawMessage) []string {
+	s, ps := DecodeSettings[S](settings)
+	if len(ps) > 0 {
+		return nil
+	}
+	return s.Paths()
+}
+
 const maxRetention = 1000
 
 // Problems reports everything that is wrong with s, touching no disk.

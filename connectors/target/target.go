@@ -156,6 +156,9 @@ type Kind struct {
 	Check func(settings json.RawMessage) []Problem
 	// Open makes a Target; it may touch disk.
 	Open func(ctx context.Context, env Env, settings json.RawMessage) (Target, error)
+	// Paths are the files and directories that targets of these settings write, as the settings name them; nil, or none: the
+	// kind writes none, or they cannot be known beforehand. No two targets of one host may write the same.
+	Paths func(settings json.RawMessage) []string
 	// Schema describes the settings struct for help, forms and the reference page.
 	Schema []SettingDoc
 }

@@ -41,8 +41,8 @@ type Config struct {
 	Log   *slog.Logger
 	// TrustBundle takes a bundle into force, or says why not.
 	TrustBundle func(*agentpb.TrustBundle) error
-	// Target checks a target against what this agent links and allows.
-	Target func(*agentpb.TargetSpec) error
+	// Target checks a target against what this agent links and allows, and against the others in force.
+	Target func(t *agentpb.TargetSpec, others []*agentpb.TargetSpec) error
 	// Settings is told the settings in force after a change; nil values are defaults.
 	Settings func(*agentpb.Settings)
 }
@@ -168,7 +168,7 @@ func (k *Keeper) take(id key, st *agentpb.State) error {
 		if s == nil || id.name != "" {
 			return misfit
 		}
-		if s.GetBeatIntervalMs() < 0 || s.GetVerifyTimeoutMs() < 0 {
+		if s.GetBeatIntervalMs() < 0 || s.GetVerifyTimeoutMs() < 0 || s.GetVerifyIntervalMs() < 0 {
 			return fault.InvalidField("settings", "an interval is negative")
 		}
 	case KindTarget:
@@ -176,10 +176,11 @@ func (k *Keeper) take(id key, st *agentpb.State) error {
 		if t == nil || t.GetId() != id.name {
 			return misfit
 		}
-		if k.held[id] == nil && k.targets() >= maxTargets {
+		others := k.targets(id.name)
+		if k.held[id] == nil && len(others) >= maxTargets {
 			return fault.New(fault.Exhausted, "this agent keeps at most %d targets", maxTargets)
 		}
-		if err := k.cfg.Target(t); err != nil {
+		if err := k.cfg.Target(t, others); err != nil {
 			return err
 		}
 	default:
@@ -196,12 +197,21 @@ func (k *Keeper) take(id key, st *agentpb.State) error {
 	return nil
 }
 
-func (k *Keeper) targets() int {
-	n := 0
-	for id := range k.held {
-		if id.kind == KindTarget {
-			n++
+// targets are those in force but except, by id.
+func (k *Keeper) targets(except string) []*agentpb.TargetSpec {
+	var out []*agentpb.TargetSpec
+	for id, st := range k.held {
+		if id.kind == KindTarget && id.name != except {
+			out = append(out, st.GetTarget())
 		}
 	}
-	return n
+	slices.SortFunc(out, func(a, b *agentpb.TargetSpec) int { return strings.Compare(a.GetId(), b.GetId()) })
+	return out
+}
+
+// Targets are the targets in force, by id.
+func (k *Keeper) Targets() []*agentpb.TargetSpec {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.targets("")
 }

@@ -22,7 +22,7 @@ func open(t *testing.T, files durable.Store) *Keeper {
 			}
 			return nil
 		},
-		Target: func(s *agentpb.TargetSpec) error {
+		Target: func(s *agentpb.TargetSpec, _ []*agentpb.TargetSpec) error {
 			if s.GetKind() != "file" {
 				return fault.New(fault.Unsupported, "no such kind")
 			}

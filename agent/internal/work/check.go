@@ -1,6 +1,7 @@
 package work
 
 import (
+	"crypto/sha256"
 	"net"
 	"net/url"
 	"slices"
@@ -38,6 +39,11 @@ func check(a *agentpb.Assignment, kinds []target.Kind) error {
 			return fault.New(fault.Unsupported, "the assignment's class does not fit its work")
 		}
 		return checkDeploy(w.Deploy, kinds)
+	case *agentpb.Assignment_Verify:
+		if a.GetClass() != agentpb.WorkClass_WORK_CLASS_VERIFY {
+			return fault.New(fault.Unsupported, "the assignment's class does not fit its work")
+		}
+		return checkVerify(w.Verify, kinds)
 	default:
 		return fault.New(fault.Unsupported, "this agent does not know that kind of work; a newer version may")
 	}
@@ -77,6 +83,20 @@ func checkDeploy(d *agentpb.DeployWork, kinds []target.Kind) error {
 		return fault.InvalidField("target.id", "has %d bytes; 1 to %d are expected", len(id), maxIDLength)
 	}
 	_, err := kindOf(d.GetTarget(), kinds)
+	return err
+}
+
+func checkVerify(v *agentpb.VerifyWork, kinds []target.Kind) error {
+	if err := keystore.CheckName(v.GetCertificateId(), v.GetGeneration()); err != nil {
+		return err
+	}
+	if n := len(v.GetFingerprint()); n != sha256.Size {
+		return fault.InvalidField("fingerprint", "has %d bytes; a SHA-256 has %d", n, sha256.Size)
+	}
+	if id := v.GetTarget().GetId(); id == "" || len(id) > maxIDLength {
+		return fault.InvalidField("target.id", "has %d bytes; 1 to %d are expected", len(id), maxIDLength)
+	}
+	_, err := kindOf(v.GetTarget(), kinds)
 	return err
 }
 

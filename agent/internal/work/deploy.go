@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/x509"
+	"slices"
 	"time"
 
 	"github.com/certmesh/certmesh/agent/internal/journal"
@@ -42,6 +43,14 @@ func (e *Engine) deploy(begin, act context.Context, entry *journal.Entry) (*agen
 		}
 		return nil, err
 	}
+	if e.cfg.Targets != nil && len(d.receipt) == 0 {
+		// A target that is in force was judged when it came.
+		if held := e.cfg.Targets(); !slices.ContainsFunc(held, func(t *agentpb.TargetSpec) bool { return t.GetId() == d.work.GetTarget().GetId() }) {
+			if err := sharesPath(d.work.GetTarget(), held, e.cfg.Kinds); err != nil {
+				return nil, err
+			}
+		}
+	}
 	unlock, err := e.targets.lock(begin, d.work.GetTarget().GetId())
 	if err != nil {
 		return nil, err
@@ -74,12 +83,22 @@ func (e *Engine) deploy(begin, act context.Context, entry *journal.Entry) (*agen
 		// The list of held leaves is a convenience for recovery; the deployment is a fact.
 		e.cfg.Log.Warn("deployed leaf not stored beside its key", "certificate_id", d.work.GetCertificateId(), "err", err)
 	}
+	d.record()
 	out := &agentpb.Deployed{InstalledFingerprint: cur.Leaf[:]}
 	if !proof.Leaf.IsZero() {
 		out.ServedFingerprint, out.ServedUnixUs = proof.Leaf[:], proof.At.UnixMicro()
 		out.Address = clean(proof.Address, 300, false)
 	}
 	return out, nil
+}
+
+// record remembers what is there now, for Watch. An observation that was made before goes on being told until the next look.
+func (d *deployment) record() {
+	p := &placed{spec: d.work.GetTarget(), certificateID: d.work.GetCertificateId(), generation: d.work.GetGeneration(), leaf: d.mat.Leaf()}
+	if was := d.e.shelf.get(p.spec.GetId()); was != nil && was.certificateID == p.certificateID && was.generation == p.generation {
+		p.said = was.said
+	}
+	d.e.keep(p)
 }
 
 // material checks the chain and that its leaf is for a key of ours.

@@ -10,8 +10,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jonboulle/clockwork"
 	"golang.org/x/sync/semaphore"
 
+	"github.com/certmesh/certmesh/agent/internal/durable"
 	"github.com/certmesh/certmesh/agent/internal/journal"
 	"github.com/certmesh/certmesh/agent/internal/keystore"
 	"github.com/certmesh/certmesh/connectors/target"
@@ -34,8 +36,8 @@ type Config struct {
 	Kinds []target.Kind
 	// Env is what connectors may touch.
 	Env target.Env
-	// KeyLimit and DeployLimit are the credits of each class.
-	KeyLimit, DeployLimit int
+	// KeyLimit, DeployLimit and VerifyLimit are the credits of each class.
+	KeyLimit, DeployLimit, VerifyLimit int
 	// MaxDeploys is how many deployments run at once.
 	MaxDeploys int64
 	// VerifyTimeout is the setting in force.
@@ -45,6 +47,13 @@ type Config struct {
 	Sickened func()
 	// Probe makes a TLS handshake and says which leaf was served.
 	Probe func(ctx context.Context, address, serverName string) (target.Proof, error)
+	// Placed keeps what was deployed where; nil: it is forgotten with the process.
+	Placed durable.Store
+	// Targets are those that the server has placed on this agent; nil: it is not known.
+	Targets func() []*agentpb.TargetSpec
+	// Clock and WatchInterval are Watch's: how often targets are looked at, 0 never.
+	Clock         clockwork.Clock
+	WatchInterval func() time.Duration
 }
 
 // maxKeys bounds parallel key making: RSA-4096 takes seconds of a core, and the host has other work.
@@ -67,6 +76,9 @@ type Engine struct {
 	targets keyed
 	keySem  *semaphore.Weighted
 	depSem  *semaphore.Weighted
+	shelf   *shelf
+	// watchChanged holds a token when Watch is to look at its settings again.
+	watchChanged chan struct{}
 
 	begin     context.Context
 	stopBegin context.CancelCauseFunc
@@ -84,10 +96,11 @@ type Engine struct {
 // New returns an Engine; Recover must be called before anything else, Stop at the end. ctx carries values only.
 func New(ctx context.Context, cfg Config) *Engine {
 	e := &Engine{cfg: cfg, keySem: semaphore.NewWeighted(maxKeys), depSem: semaphore.NewWeighted(cfg.MaxDeploys),
-		stops: map[string]context.CancelCauseFunc{},
+		stops: map[string]context.CancelCauseFunc{}, shelf: newShelf(cfg.Placed, cfg.Log), watchChanged: make(chan struct{}, 1),
 		model: newModel(map[agentpb.WorkClass]int{
 			agentpb.WorkClass_WORK_CLASS_KEY:    cfg.KeyLimit,
 			agentpb.WorkClass_WORK_CLASS_DEPLOY: cfg.DeployLimit,
+			agentpb.WorkClass_WORK_CLASS_VERIFY: cfg.VerifyLimit,
 		})}
 	base := context.WithoutCancel(ctx)
 	e.begin, e.stopBegin = context.WithCancelCause(base)
@@ -113,6 +126,9 @@ func (e *Engine) Recover(ctx context.Context) error {
 		e.mu.Lock()
 		e.step(evRestored{en})
 		e.mu.Unlock()
+	}
+	if err := e.shelf.load(); err != nil {
+		return err
 	}
 	return ctx.Err()
 }
@@ -152,13 +168,15 @@ func (e *Engine) open(ctx context.Context, spec *agentpb.TargetSpec) (target.Tar
 	return k.Open(ctx, env, spec.GetSettings())
 }
 
-// CheckTarget says whether a target could be worked on with this agent's own configuration.
-func (e *Engine) CheckTarget(ctx context.Context, spec *agentpb.TargetSpec) error {
+// CheckTarget says whether a target could be worked on with this agent's own configuration, beside the others that it has.
+func (e *Engine) CheckTarget(ctx context.Context, spec *agentpb.TargetSpec, others []*agentpb.TargetSpec) error {
 	if id := spec.GetId(); id == "" || len(id) > maxIDLength {
 		return fault.InvalidField("id", "has %d bytes; 1 to %d are expected", len(id), maxIDLength)
 	}
-	_, err := e.open(ctx, spec)
-	return err
+	if _, err := e.open(ctx, spec); err != nil {
+		return err
+	}
+	return sharesPath(spec, others, e.cfg.Kinds)
 }
 
 // Kill lets Stop end everything at once, as if the process had been killed; what it interrupts is settled by Recover.
@@ -197,6 +215,7 @@ func (e *Engine) Attach(sink Sink, verdicts []*agentpb.Verdict) {
 	defer e.mu.Unlock()
 	e.sink = sink
 	e.step(evAttached{verdicts})
+	e.tellLocked()
 }
 
 // Detach ends sending; work goes on.
@@ -340,6 +359,16 @@ func (e *Engine) work(begin context.Context, entry *journal.Entry) (ev evFinishe
 		fail(fault.New(fault.Retryable, "the assignment's deadline passed before it was begun"))
 		return ev
 	}
+	if v := a.GetVerify(); v != nil {
+		// The credits bound how many; a look costs little.
+		done, err := e.verifyNow(begin, v)
+		if err != nil {
+			fail(err)
+			return ev
+		}
+		ev.result = &agentpb.Result{Id: ev.id, Attempt: ev.attempt, Outcome: &agentpb.Result_Deployed{Deployed: done}}
+		return ev
+	}
 	sem := e.depSem
 	if a.GetKey() != nil {
 		sem = e.keySem
@@ -427,6 +456,9 @@ func (e *Engine) settleKeys(entry *journal.Entry, s *agentpb.Settled) error {
 	id, generation := entry.Assignment.GetKey().GetCertificateId(), entry.Assignment.GetKey().GetGeneration()
 	if d := entry.Assignment.GetDeploy(); d != nil {
 		id, generation = d.GetCertificateId(), d.GetGeneration()
+	}
+	if v := entry.Assignment.GetVerify(); v != nil {
+		id, generation = v.GetCertificateId(), v.GetGeneration()
 	}
 	if other := s.GetCertificateId(); other != "" && other != id {
 		e.cfg.Log.Error("settlement names another certificate and is only acknowledged", "job_id", s.GetId(), "certificate_id", id)

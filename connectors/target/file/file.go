@@ -21,13 +21,15 @@ type Settings struct {
 
 // Kind returns the connector.
 func Kind() target.Kind {
-	return target.Define("file", 1, target.Facts{
+	k := target.Define("file", 1, target.Facts{
 		// Of dir and pem_path only, so it cannot be said of the kind.
 		Atomic:      false,
 		Undo:        true,
 		NeedsKey:    true,
 		Unsupported: []string{"atomic switch with cert_path and key_path", "undo with backup_retention -1"},
 	}, check, open)
+	k.Paths = target.FilePaths[Settings]
+	return k
 }
 
 func check(s Settings) []target.Problem {

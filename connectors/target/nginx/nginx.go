@@ -26,7 +26,7 @@ type Settings struct {
 
 // Kind returns the connector.
 func Kind() target.Kind {
-	return target.Define("nginx", 1, target.Facts{
+	k := target.Define("nginx", 1, target.Facts{
 		// nginx itself loads files only when it is told, so what it serves is never a mixture. The files of cert_path and
 		// key_path are not switched at once for other readers.
 		Atomic:      false,
@@ -34,6 +34,8 @@ func Kind() target.Kind {
 		NeedsKey:    true,
 		Unsupported: []string{"atomic switch with cert_path and key_path", "undo with backup_retention -1"},
 	}, check, open)
+	k.Paths = target.FilePaths[Settings]
+	return k
 }
 
 // CommandsFor returns the argument vectors that a host must allow for settings: validation, then reload.
