@@ -49,6 +49,7 @@ type Certificates interface {
 	CreateCertificate(ctx context.Context, n domain.NewCertificate) (domain.Certificate, []domain.Job, error)
 	RenewCertificate(ctx context.Context, certificateID, reason string, op domain.Op) ([]domain.Job, error)
 	DeployCertificate(ctx context.Context, certificateID, reason string, op domain.Op) ([]domain.Job, error)
+	VerifyCertificate(ctx context.Context, certificateID, reason string, op domain.Op) ([]domain.Job, error)
 	RevokeCertificate(ctx context.Context, certificateID string, reason domain.RevocationReason, op domain.Op) (domain.Certificate, []string, error)
 	CertificateView(ctx context.Context, idOrName string) (domain.CertificateView, error)
 	Certificates(ctx context.Context, f domain.CertificateFilter, p domain.PageRequest) ([]domain.Certificate, map[string]domain.PlacementCounts, string, error)
@@ -112,7 +113,7 @@ type Sessions interface {
 	Disconnect(agentID, reason string)
 	// PushState sends the agent its desired state again.
 	PushState(agentID string)
-	// Credits are the agent's grants that are not used up, by class ("key", "deploy"); empty if not held here.
+	// Credits are the agent's grants that are not used up, by class ("key", "deploy", "verify"); empty if not held here.
 	Credits(agentID string) map[string]int32
 	// Count is how many streams this node holds.
 	Count() int64

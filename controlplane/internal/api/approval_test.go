@@ -43,6 +43,16 @@ func TestWhySaysWhatWaitsForApproval(t *testing.T) {
 	}
 }
 
+func TestVerifyWakesTheAgents(t *testing.T) {
+	t.Parallel()
+	r := newRig(t).estate(t)
+	got, err := r.certificates().VerifyCertificate(r.as(t, authz.Operator), &operatorpb.VerifyCertificateRequest{Id: "www"})
+	if err != nil || len(got.GetJobs()) != 1 || got.GetJobs()[0].GetKind() != "Validation" || got.GetJobs()[0].GetReason() != "requested by operator:operator" {
+		t.Fatal(got, err)
+	}
+	wantList(t, "woken", r.sessions.take(&r.sessions.woken), []string{webAgent})
+}
+
 func TestDeployWakesTheAgents(t *testing.T) {
 	t.Parallel()
 	r := newRig(t).estate(t)

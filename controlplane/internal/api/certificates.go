@@ -104,6 +104,19 @@ func (a certificates) DeployCertificate(ctx context.Context, r *operatorpb.Deplo
 	return &operatorpb.DeployCertificateResponse{Jobs: each(jobs, jobPB)}, nil
 }
 
+func (a certificates) VerifyCertificate(ctx context.Context, r *operatorpb.VerifyCertificateRequest) (*operatorpb.VerifyCertificateResponse, error) {
+	op := a.opFor(ctx, r.GetRequestId())
+	jobs, err := a.Store.VerifyCertificate(ctx, r.GetId(), "requested by "+op.Actor, op)
+	if err != nil {
+		return nil, err
+	}
+	if len(jobs) > 0 {
+		a.Hub.Publish(hub.Notice{Kind: hub.Certificates, ID: jobs[0].CertificateID})
+	}
+	a.changed(jobs)
+	return &operatorpb.VerifyCertificateResponse{Jobs: each(jobs, jobPB)}, nil
+}
+
 func (a certificates) RevokeCertificate(ctx context.Context, r *operatorpb.RevokeCertificateRequest) (*operatorpb.RevokeCertificateResponse, error) {
 	reason, err := domain.ParseRevocationReason(r.GetReason())
 	if err != nil {

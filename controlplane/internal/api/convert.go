@@ -96,7 +96,7 @@ func viewPB(v domain.CertificateView) *operatorpb.Certificate {
 			TargetId: p.TargetID, TargetName: v.TargetNames[p.TargetID], AgentId: p.AgentID, State: string(p.State),
 			InstalledGeneration: p.InstalledGeneration, ServedGeneration: p.ServedGeneration,
 			InstalledFingerprint: p.InstalledFingerprint, ServedFingerprint: p.ServedFingerprint,
-			ServedAt: stamp(p.ServedAt), LastError: p.LastError, Current: now,
+			ServedAt: stamp(p.ServedAt), LastError: p.LastError, Current: now, DriftedAt: stamp(p.DriftedAt),
 		})
 	}
 	out := certificatePB(v.Certificate, counts)

@@ -21,7 +21,7 @@ func (a certificates) ExplainCertificate(ctx context.Context, r *operatorpb.Expl
 	if err != nil {
 		return nil, err
 	}
-	leafJobs, deployments, err := a.openWork(ctx, v.Certificate.ID)
+	leafJobs, placementJobs, err := a.openWork(ctx, v.Certificate.ID)
 	if err != nil {
 		return nil, err
 	}
@@ -43,7 +43,8 @@ func (a certificates) ExplainCertificate(ctx context.Context, r *operatorpb.Expl
 			TargetId: p.TargetID, TargetName: v.TargetNames[p.TargetID], Current: current(p, leaves[p.AgentID].Current),
 		}
 		out.Placements = append(out.Placements, e)
-		if e.Current {
+		job := placementJobs[p.TargetID]
+		if e.Current && (job == nil || job.Kind != domain.JobValidation) {
 			continue
 		}
 		h, known := hosts[p.AgentID]
@@ -53,13 +54,17 @@ func (a certificates) ExplainCertificate(ctx context.Context, r *operatorpb.Expl
 			}
 			hosts[p.AgentID] = h
 		}
+		if e.Current {
+			e.WaitsFor = lagging{placementJob: job, host: h, now: now}.verification()
+			continue
+		}
 		t, err := a.Store.Target(ctx, p.TargetID)
 		if err != nil {
 			return nil, err
 		}
 		e.WaitsFor = lagging{
 			status: v.Certificate.Status, leaf: leaves[p.AgentID], placement: p, target: t, host: h,
-			leafJob: leafJobs[p.AgentID], deployment: deployments[p.TargetID], now: now,
+			leafJob: leafJobs[p.AgentID], placementJob: job, now: now,
 		}.waitsFor()
 	}
 	return out, nil
@@ -79,9 +84,8 @@ func (a *API) openWork(ctx context.Context, certificateID string) (leaves, place
 			switch j := &jobs[i]; j.Kind {
 			case domain.JobIssuance, domain.JobRenewal:
 				leaves[j.AgentID] = j
-			case domain.JobDeployment:
+			case domain.JobDeployment, domain.JobValidation:
 				placements[j.TargetID] = j
-			case domain.JobValidation:
 			}
 		}
 		if next == "" {
@@ -114,8 +118,8 @@ type lagging struct {
 	target    domain.Target
 	host      host
 	// The open jobs of the leaf and of the placement; nil when there is none.
-	leafJob, deployment *domain.Job
-	now                 time.Time
+	leafJob, placementJob *domain.Job
+	now                   time.Time
 }
 
 // waitsFor says in words what the placement waits for, what stands in the way, and what went wrong last.
@@ -129,6 +133,9 @@ func (w lagging) waitsFor() string {
 		return fmt.Sprintf("nothing: the leaf of agent %s is revoked and is not deployed any more", w.host.Name)
 	}
 	parts := []string{w.next()}
+	if at := w.placement.DriftedAt; !at.IsZero() {
+		parts = append(parts, "its agent found it changed by somebody else at "+clock(at))
+	}
 	if s := w.hostWords(); s != "" {
 		parts = append(parts, s)
 	}
@@ -155,8 +162,10 @@ func (w lagging) next() string {
 		return fmt.Sprintf("the first issuance, which is tried again at %s after %s", clock(w.leaf.BackoffUntil), failures(w.leaf.Failures))
 	case w.leaf.Current == 0:
 		return "the first issuance: the renewal duty opens a job for it at its next run"
-	case w.deployment != nil:
-		return fmt.Sprintf("the deployment of generation %d: %s", w.leaf.Current, w.jobWords(w.deployment))
+	case w.placementJob != nil && w.placementJob.Kind == domain.JobValidation:
+		return fmt.Sprintf("its verification, after which generation %d can be deployed: %s", w.leaf.Current, w.jobWords(w.placementJob))
+	case w.placementJob != nil:
+		return fmt.Sprintf("the deployment of generation %d: %s", w.leaf.Current, w.jobWords(w.placementJob))
 	case !w.target.Enabled:
 		return fmt.Sprintf("the deployment of generation %d, which begins when the target is enabled", w.leaf.Current)
 	case w.placement.BackoffUntil.After(w.now):
@@ -164,6 +173,18 @@ func (w lagging) next() string {
 	default:
 		return fmt.Sprintf("the deployment of generation %d: the placement duty opens a job for it at its next run", w.leaf.Current)
 	}
+}
+
+// verification says what an open verification of a placement that has what is wanted waits for.
+func (w lagging) verification() string {
+	parts := []string{"its verification waits for: " + w.jobWords(w.placementJob)}
+	if s := w.hostWords(); s != "" {
+		parts = append(parts, s)
+	}
+	if s := oneLine(w.placementJob.Error); s != "" {
+		parts = append(parts, "last error: "+s)
+	}
+	return strings.Join(parts, "; ")
 }
 
 func (w lagging) jobWords(j *domain.Job) string {
@@ -178,6 +199,8 @@ func (w lagging) jobWords(j *domain.Job) string {
 		doing = fmt.Sprintf("is %s; the agent accepted it at %s", j.State, clock(j.AcceptedAt))
 	case j.Attempt > 0:
 		doing = fmt.Sprintf("is %s; it was sent to the agent, which has not accepted it yet", j.State)
+	case j.Kind == domain.JobValidation:
+		doing = fmt.Sprintf("is %s and is sent when the agent has credit for verifications, which one that is too old for them never grants", j.State)
 	default:
 		doing = fmt.Sprintf("is %s and is sent when the agent has credit for it", j.State)
 	}
@@ -211,7 +234,7 @@ func (w lagging) hostWords() string {
 
 // lastError is that of the step that comes next.
 func (w lagging) lastError() string {
-	job, kept := w.deployment, w.placement.LastError
+	job, kept := w.placementJob, w.placement.LastError
 	if w.leaf.Current == 0 {
 		job, kept = w.leafJob, w.leaf.LastError
 	}

@@ -49,19 +49,25 @@ func TestWaitsFor(t *testing.T) {
 		"awaiting approval": {func(w *lagging) {
 			w.leaf.Current, w.leafJob = 0, job(func(j *domain.Job) { j.State = domain.JobAwaitingApproval })
 		}, "the first issuance: it waits for approval of job_1 by somebody who did not ask for it"},
-		"pending": {func(w *lagging) { w.deployment = job(func(*domain.Job) {}) }, "the deployment of generation 3: job job_1 is Pending and is sent when"},
-		"sent":    {func(w *lagging) { w.deployment = job(func(j *domain.Job) { j.Attempt = 1 }) }, "job job_1 is Pending; it was sent to the agent, which has not accepted it yet"},
+		"pending": {func(w *lagging) { w.placementJob = job(func(*domain.Job) {}) }, "the deployment of generation 3: job job_1 is Pending and is sent when"},
+		"sent":    {func(w *lagging) { w.placementJob = job(func(j *domain.Job) { j.Attempt = 1 }) }, "job job_1 is Pending; it was sent to the agent, which has not accepted it yet"},
 		"running": {func(w *lagging) {
-			w.deployment = job(func(j *domain.Job) { j.State, j.AcceptedAt, j.Tries = domain.JobRunning, later, 2 })
+			w.placementJob = job(func(j *domain.Job) { j.State, j.AcceptedAt, j.Tries = domain.JobRunning, later, 2 })
 			w.now = later
 		}, "job job_1 is Running; the agent accepted it at " + at + " (2 of 5 tries used)"},
 		"retry": {func(w *lagging) {
-			w.deployment = job(func(j *domain.Job) { j.RunAt, j.Tries, j.Error = later, 1, "connection refused" })
+			w.placementJob = job(func(j *domain.Job) { j.RunAt, j.Tries, j.Error = later, 1, "connection refused" })
 			w.placement.LastError = "an older one"
 		}, "job job_1 is Pending and is tried again at " + at + " (1 of 5 tries used); last error: connection refused"},
 		"back-off": {func(w *lagging) {
 			w.placement.BackoffUntil, w.placement.Failures, w.placement.LastError = later, 3, "nginx -t failed"
 		}, "tried again at " + at + " after 3 failures; last error: nginx -t failed"},
+		"drifted": {func(w *lagging) {
+			w.placement.DriftedAt, w.placement.LastError = later, "the target holds another"
+		}, "the deployment of generation 3: the placement duty opens a job for it at its next run; its agent found it changed by somebody else at " + at +
+			"; last error: the target holds another"},
+		"verification": {func(w *lagging) { w.placementJob = job(func(j *domain.Job) { j.Kind = domain.JobValidation }) },
+			"its verification, after which generation 3 can be deployed: job job_1 is Pending and is sent when the agent has credit for verifications, which one that is too old"},
 		"disabled":    {func(w *lagging) { w.target.Enabled = false }, "which begins when the target is enabled; target site is disabled"},
 		"offline":     {func(w *lagging) { w.host.State, w.host.OfflineSince = domain.AgentOffline, later }, "; agent web1 is offline since " + at},
 		"stale":       {func(w *lagging) { w.host.State, w.host.LastSeen = domain.AgentStale, later }, "; agent web1 is stale, last seen " + at},

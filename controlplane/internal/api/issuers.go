@@ -50,7 +50,7 @@ func (a issuers) CreateIssuer(ctx context.Context, r *operatorpb.CreateIssuerReq
 		CertificatePEM: r.GetCaCertificatePem(), KeyPEM: r.GetCaKeyPem(),
 	})
 	if err != nil {
-		return nil, withoutKey(renamed(err, func(field string) string { return issuerField(field, r) }), r.GetCaKeyPem())
+		return nil, withoutKey(renamed(err, issuerField), r.GetCaKeyPem())
 	}
 	if err := a.Store.CreateIssuer(ctx, i, ca, keys, a.op(ctx)); err != nil {
 		return nil, err
@@ -84,18 +84,15 @@ func issuerPB(i domain.Issuer, ca domain.CA) *operatorpb.Issuer {
 	return out
 }
 
-// issuerField translates the fields by which ca names what a CA is made from to the request's. The subject comes from
-// the common name where one is given.
-func issuerField(field string, r *operatorpb.CreateIssuerRequest) string {
+// issuerField translates the fields by which ca names what a CA is made from to the request's.
+func issuerField(field string) string {
 	switch field {
 	case "certificates":
 		return "ca_certificate_pem"
 	case "key", "password":
 		return "ca_key_pem"
-	case "name":
-		if r.GetCommonName() != "" {
-			return "common_name"
-		}
+	case "root_name":
+		return "common_name"
 	}
 	return field
 }

@@ -271,6 +271,27 @@ func (m *memory) DeployCertificate(_ context.Context, key, reason string, op dom
 	return slices.DeleteFunc(m.jobsOf(c.ID), func(j domain.Job) bool { return j.Kind != domain.JobDeployment || !j.State.Open() }), nil
 }
 
+func (m *memory) VerifyCertificate(_ context.Context, key, reason string, op domain.Op) ([]domain.Job, error) {
+	leave, err := m.enter("VerifyCertificate")
+	defer leave()
+	if err != nil {
+		return nil, err
+	}
+	c, err := lookup("certificate", m.certs, key, certName)
+	if err != nil {
+		return nil, err
+	}
+	var out []domain.Job
+	for _, p := range m.placements[c.ID] {
+		j := domain.Job{ID: id.New(id.Job), Kind: domain.JobValidation, State: domain.JobPending, CertificateID: c.ID, AgentID: p.AgentID, TargetID: p.TargetID,
+			Generation: 1, Reason: reason, RequestID: op.RequestID, CreatedAt: op.At, UpdatedAt: op.At}
+		m.jobs[j.ID] = j
+		m.note(op, "job.created", "job/"+j.ID)
+		out = append(out, j)
+	}
+	return out, nil
+}
+
 func (m *memory) RevokeCertificate(_ context.Context, key string, reason domain.RevocationReason, op domain.Op) (domain.Certificate, []string, error) {
 	leave, err := m.enter("RevokeCertificate")
 	defer leave()

@@ -22,6 +22,7 @@ var goodRequests = map[string]proto.Message{
 	operatorpb.CertificatesService_GetCertificate_FullMethodName:     &operatorpb.GetCertificateRequest{Id: "www"},
 	operatorpb.CertificatesService_CreateCertificate_FullMethodName:  order("new"),
 	operatorpb.CertificatesService_RenewCertificate_FullMethodName:   &operatorpb.RenewCertificateRequest{Id: "www"},
+	operatorpb.CertificatesService_VerifyCertificate_FullMethodName:  &operatorpb.VerifyCertificateRequest{Id: "www"},
 	operatorpb.CertificatesService_DeployCertificate_FullMethodName:  &operatorpb.DeployCertificateRequest{Id: "www"},
 	operatorpb.CertificatesService_RevokeCertificate_FullMethodName:  &operatorpb.RevokeCertificateRequest{Id: "www", Reason: "superseded"},
 	operatorpb.CertificatesService_ListVersions_FullMethodName:       &operatorpb.ListVersionsRequest{CertificateId: "www"},

@@ -150,6 +150,8 @@ func badRequests() []badRequest {
 		{"reject", &operatorpb.RejectJobRequest{Reason: "no"}, "id", "is empty"},
 		{"reject without a reason", &operatorpb.RejectJobRequest{Id: waitingJob, Reason: " "}, "reason", "say why"},
 		{"reject for a novel", &operatorpb.RejectJobRequest{Id: waitingJob, Reason: strings.Repeat("a", 257)}, "reason", "at most 256"},
+		{"verify", &operatorpb.VerifyCertificateRequest{}, "id", "is empty"},
+		{"verify id", &operatorpb.VerifyCertificateRequest{Id: "www", RequestId: "a b"}, "request_id", "at most 64"},
 		{"deploy", &operatorpb.DeployCertificateRequest{}, "id", "is empty"},
 		{"deploy id", &operatorpb.DeployCertificateRequest{Id: "www", RequestId: "a b"}, "request_id", "at most 64"},
 		{"revoke a token", &operatorpb.RevokeJoinTokenRequest{}, "id", "is empty"},

@@ -278,6 +278,11 @@ var roundTrips = map[string]trip{
 		got := must[*operatorpb.RenewCertificateResponse](t)(r.certificates().RenewCertificate(r.as(t, authz.Operator), req))
 		return one(req), map[string]string{"id": see(got, "jobs.certificate_id"), "request_id": see(got, "jobs.request_id")}
 	},
+	"VerifyCertificateRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
+		req := &operatorpb.VerifyCertificateRequest{Id: certID, RequestId: "req-80"}
+		got := must[*operatorpb.VerifyCertificateResponse](t)(r.certificates().VerifyCertificate(r.as(t, authz.Operator), req))
+		return one(req), map[string]string{"id": see(got, "jobs.certificate_id"), "request_id": see(got, "jobs.request_id")}
+	},
 	"DeployCertificateRequest": func(t *testing.T, r *rig) ([]proto.Message, map[string]string) {
 		delete(r.store.jobs, jobID)
 		req := &operatorpb.DeployCertificateRequest{Id: certID, RequestId: "req-79"}

@@ -69,6 +69,8 @@ func validate(m proto.Message) error {
 		return first(ref("id", r.GetId()), validateRequestID(r.GetRequestId()))
 	case *operatorpb.DeployCertificateRequest:
 		return first(ref("id", r.GetId()), validateRequestID(r.GetRequestId()))
+	case *operatorpb.VerifyCertificateRequest:
+		return first(ref("id", r.GetId()), validateRequestID(r.GetRequestId()))
 	case *operatorpb.RevokeCertificateRequest:
 		_, err := domain.ParseRevocationReason(r.GetReason())
 		return first(ref("id", r.GetId()), err)
