@@ -181,3 +181,24 @@ func TestJoinTokensListedAndRevoked(t *testing.T) {
 		refused(t, err, fault.NotFound)
 	})
 }
+
+// TestDeploymentGoesBeforeAValidation, which would find the old state.
+func TestDeploymentGoesBeforeAValidation(t *testing.T) {
+	t.Parallel()
+	eachWorld(t, func(t *testing.T, w *world) {
+		ctx := t.Context()
+		a := w.Agent(t, "web1")
+		s := w.Open(t, a.ID, "n1")
+		c, jobs := w.Order(t, "a.test", domain.Policy{}, w.Target(t, a.ID, "one").ID)
+		w.Deploy(t, w.Issue(t, jobs[0], s.Epoch, "key")[0], s.Epoch)
+		looks, err := w.S.VerifyCertificate(ctx, c.ID, "look", w.Op())
+		w.must(err)
+		got, err := w.S.DeployCertificate(ctx, c.ID, "requested", w.Op())
+		w.must(err)
+		if len(looks) != 1 || len(got) != 1 || got[0].Kind != domain.JobDeployment || w.Job(t, looks[0].ID).State != domain.JobCancelled {
+			t.Fatalf("%+v %+v", looks, got)
+		}
+		same(t, "trail", w.actions("job/"+looks[0].ID), []string{"job.created", "job.cancelled"})
+		w.Deploy(t, w.work(a.ID)[got[0].ID], s.Epoch)
+	})
+}
