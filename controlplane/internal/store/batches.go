@@ -12,6 +12,7 @@ type batches struct {
 	intents  *batch[domain.Intent, domain.IntentOutcome]
 	issued   *batch[domain.Issued, domain.IssuedOutcome]
 	complete *batch[domain.DeployResult, domain.DeployOutcome]
+	orders   *batch[newOrder, orderOutcome]
 }
 
 func plain(err error) error { return err }
@@ -38,6 +39,8 @@ func (b *batches) start(s *Store) {
 	b.complete = &batch[domain.DeployResult, domain.DeployOutcome]{s: s, name: "job.complete", run: s.completeAll,
 		key:  func(x domain.DeployResult) string { return x.JobID },
 		fail: func(err error) domain.DeployOutcome { return domain.DeployOutcome{Err: err} }}
+	b.orders = &batch[newOrder, orderOutcome]{s: s, name: "certificate.create", run: s.orderAll, key: newOrder.key,
+		fail: func(err error) orderOutcome { return orderOutcome{err: err} }}
 }
 
 func (b *batches) stop() {
@@ -49,4 +52,5 @@ func (b *batches) stop() {
 	b.intents.stop()
 	b.issued.stop()
 	b.complete.stop()
+	b.orders.stop()
 }

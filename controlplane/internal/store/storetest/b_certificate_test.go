@@ -153,6 +153,53 @@ func TestOneOfManyOrdersTakesTheTarget(t *testing.T) {
 	})
 }
 
+// TestOrdersThatShareACommit: what is wrong with some of many orders at once leaves the others alone.
+func TestOrdersThatShareACommit(t *testing.T) {
+	each(t, func(t *testing.T, x *estate) {
+		a := x.agent("web")
+		const all = 24
+		errs := make([]error, all)
+		orders := make([]domain.NewCertificate, all)
+		for i := range all {
+			orders[i] = x.order(fmt.Sprintf("c%d", i), x.target(a, fmt.Sprintf("t%d", i)))
+			orders[i].RequestID = fmt.Sprintf("req-%d", i)
+			switch i % 4 {
+			case 1:
+				orders[i].Certificate.ProfileID = "nobody"
+			case 2:
+				orders[i].Certificate.Name = "same"
+			}
+		}
+		var wg sync.WaitGroup
+		for i, n := range orders {
+			wg.Go(func() { _, _, errs[i] = x.CreateCertificate(x.ctx, n) })
+		}
+		wg.Wait()
+		same := 0
+		for i, err := range errs {
+			switch {
+			case i%4 == 1:
+				refused(t, err, fault.Invalid, `no profile "nobody"`)
+			case i%4 == 2 && err != nil:
+				refused(t, err, fault.Conflict, `name "same" is taken`)
+			case i%4 == 2:
+				same++
+			case err != nil:
+				t.Errorf("order %d: %v", i, err)
+			}
+		}
+		if same != 1 {
+			t.Errorf("%d certificates of one name", same)
+		}
+		if n := x.number("SELECT COUNT(*) FROM certificate"); n != all/2+1 {
+			t.Errorf("%d certificates", n)
+		}
+		if n := x.number("SELECT COUNT(*) FROM job WHERE finished_at IS NULL"); n != all/2+1 {
+			t.Errorf("%d jobs", n)
+		}
+	})
+}
+
 func TestCreateCertificateOncePerRequest(t *testing.T) {
 	each(t, func(t *testing.T, x *estate) {
 		g, h := x.target(x.agent("web"), "t1"), x.target(x.agent("web-b"), "t2")
