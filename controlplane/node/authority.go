@@ -73,11 +73,7 @@ func (l *localIssuers) CreateLocal(_ context.Context, r api.LocalCA) (domain.Iss
 		m, err = ca.FromPEM(ca.Import{ID: issuer.ID, PublicURL: l.publicURL, Now: now, Certificates: []byte(r.CertificatePEM),
 			Key: []byte(r.KeyPEM)}, l.ring)
 	} else {
-		subject := r.CommonName
-		if subject == "" {
-			subject = r.Name
-		}
-		m, err = ca.NewSelfSigned(ca.Params{ID: issuer.ID, Name: subject, PublicURL: l.publicURL, Now: now, KeyAlgorithm: r.KeyAlgorithm}, l.ring)
+		m, err = ca.NewSelfSigned(ca.Params{ID: issuer.ID, Name: r.Name, RootName: r.CommonName, PublicURL: l.publicURL, Now: now, KeyAlgorithm: r.KeyAlgorithm}, l.ring)
 	}
 	if err != nil {
 		return domain.Issuer{}, domain.CA{}, nil, err

@@ -346,14 +346,11 @@ func TestIssuersAPI(t *testing.T) {
 	r.issuers.err = func(LocalCA) error { return fault.InvalidField("ca_certificate_pem", "has expired") }
 	_, err = r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local", CaCertificatePem: "a", CaKeyPem: "b"})
 	wantField(t, err, "ca_certificate_pem", "has expired")
-	for field, want := range map[string]string{"certificates": "ca_certificate_pem", "key": "ca_key_pem", "password": "ca_key_pem", "name": "name", "key_algorithm": "key_algorithm"} {
+	for field, want := range map[string]string{"certificates": "ca_certificate_pem", "key": "ca_key_pem", "password": "ca_key_pem", "name": "name", "root_name": "common_name", "key_algorithm": "key_algorithm"} {
 		r.issuers.err = func(LocalCA) error { return fault.InvalidField(field, "is wrong") }
 		_, err = r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local"})
 		wantField(t, err, want, "is wrong")
 	}
-	r.issuers.err = func(LocalCA) error { return fault.InvalidField("name", "is wrong") }
-	_, err = r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local", CommonName: "X"})
-	wantField(t, err, "common_name", "is wrong")
 	wantList(t, "CRLs built for what was not made", r.crls, nil)
 	r.issuers.err = nil
 	made, err := r.issuing().CreateIssuer(ctx, &operatorpb.CreateIssuerRequest{Name: "x", Kind: "local"})

@@ -44,6 +44,9 @@ type Params struct {
 	ID string
 	// Name goes into the subjects, e.g. "Example Internal"; at most 40 characters.
 	Name string
+	// RootName is the root's common name as a whole, at most 64 characters (RFC 5280, appendix A). Empty: Name, "Root CA" and a
+	// part of its key's hash, so that two CAs of one name do not share a subject.
+	RootName string
 	// PublicURL is the base of the CRL and CA URLs, http or https without query; empty: certificates carry neither.
 	PublicURL string
 	Now       time.Time
@@ -70,6 +73,8 @@ func (p Params) check() (Params, error) {
 		return p, fault.New(fault.Internal, "a CA needs an id and the time")
 	case len(name) == 0 || len(name) > 40 || strings.TrimSpace(p.Name) != p.Name:
 		return p, fault.InvalidField("name", "a CA's name has 1 to 40 characters without spaces at the ends; it goes into its certificates")
+	case len([]rune(p.RootName)) > 64 || strings.TrimSpace(p.RootName) != p.RootName:
+		return p, fault.InvalidField("root_name", "a root's common name has at most 64 characters and no spaces at the ends (RFC 5280, appendix A)")
 	case len([]rune(p.Organization)) > 64:
 		return p, fault.InvalidField("organization", "is longer than 64 characters (RFC 5280, appendix A)")
 	case p.RootTTL < time.Hour || p.RootTTL > maxRootTTL:
@@ -98,7 +103,11 @@ func NewSelfSigned(p Params, ring *secret.Keyring) (Material, error) {
 	if err != nil {
 		return Material{}, err
 	}
-	root, err := newCertificate(p, authorityTemplate(p, "Root CA", p.RootTTL), nil)
+	top := authorityTemplate(p, "Root CA", p.RootTTL)
+	if p.RootName != "" {
+		top.Subject.CommonName = p.RootName
+	}
+	root, err := newCertificate(p, top, nil)
 	if err != nil {
 		return Material{}, fmt.Errorf("make the root: %w", err)
 	}
@@ -173,7 +182,9 @@ func newCertificate(p Params, t *x509.Certificate, parent *authority) (*authorit
 	}
 	t.SubjectKeyId = pub.skid
 	// Two CAs of one name must not share a subject: chains are built by subject, CRLs found by issuer.
-	t.Subject.CommonName += " " + hex.EncodeToString(pub.skid[:3])
+	if t.Subject.CommonName != p.RootName {
+		t.Subject.CommonName += " " + hex.EncodeToString(pub.skid[:3])
+	}
 	signer, above := &authority{certificate: t, key: key, scheme: kind.scheme}, t
 	if parent != nil {
 		signer, above = parent, parent.certificate

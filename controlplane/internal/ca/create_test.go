@@ -35,6 +35,7 @@ func TestNewCAsAreChecked(t *testing.T) {
 	base := Params{ID: "iss_1", Name: "Test", Now: epoch}
 	for field, change := range map[string]func(*Params){
 		"name":             func(p *Params) { p.Name = strings.Repeat("x", 41) },
+		"root_name":        func(p *Params) { p.RootName = strings.Repeat("x", 65) },
 		"organization":     func(p *Params) { p.Organization = strings.Repeat("x", 65) },
 		"root_ttl":         func(p *Params) { p.RootTTL = time.Minute },
 		"intermediate_ttl": func(p *Params) { p.IntermediateTTL = 20 * year },
@@ -59,6 +60,16 @@ func TestNewCAsAreChecked(t *testing.T) {
 	a, b := open(t, m), open(t, other)
 	if a.Certificate().Subject.String() == b.Certificate().Subject.String() {
 		t.Error("two CAs share a subject")
+	}
+	named := base
+	named.RootName = "Example Corp Root CA"
+	m, err = NewSelfSigned(named, testRing(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := x509.ParseCertificate(m.Roots()[0])
+	if err != nil || root.Subject.CommonName != named.RootName {
+		t.Errorf("the root's common name is %v, %v", root.Subject, err)
 	}
 	if c := a.Certificate(); !c.MaxPathLenZero || c.KeyUsage != x509.KeyUsageCertSign|x509.KeyUsageCRLSign || !c.IsCA {
 		t.Errorf("intermediate: %+v", c.KeyUsage)
