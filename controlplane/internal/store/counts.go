@@ -18,7 +18,9 @@ func (s *Store) Counts(ctx context.Context) (domain.Counts, error) {
 		if err := countBy(t, "SELECT state, COUNT(*) FROM agent GROUP BY state", c.Agents); err != nil {
 			return err
 		}
-		if err := countBy(t, "SELECT state, COUNT(*) FROM job WHERE finished_at IS NULL GROUP BY state", c.OpenJobs); err != nil {
+		// By the states, which are few and indexed: by finished_at SQLite reads all history, in the order of its states.
+		open, states := inList(1, domain.OpenJobStates)
+		if err := countBy(t, "SELECT state, COUNT(*) FROM job WHERE state IN "+open+" GROUP BY state", c.OpenJobs, states...); err != nil {
 			return err
 		}
 		// A placement that does not hold what is wanted is due, or its deployment is open: never both.
@@ -26,15 +28,16 @@ func (s *Store) Counts(ctx context.Context) (domain.Counts, error) {
 		if err != nil {
 			return err
 		}
-		open, err := t.count("SELECT COUNT(*) FROM job WHERE finished_at IS NULL AND kind = $1", string(domain.JobDeployment))
-		c.PlacementsLagging = due + open
+		in, args := inList(2, domain.OpenJobStates)
+		deploying, err := t.count("SELECT COUNT(*) FROM job WHERE kind = $1 AND state IN "+in, append([]any{string(domain.JobDeployment)}, args...)...)
+		c.PlacementsLagging = due + deploying
 		return err
 	})
 	return c, err
 }
 
-func countBy[K ~string](t *tx, query string, into map[K]int64) error {
-	return t.each(query, nil, func(scan func(...any) error) error {
+func countBy[K ~string](t *tx, query string, into map[K]int64, args ...any) error {
+	return t.each(query, args, func(scan func(...any) error) error {
 		var k K
 		var n int64
 		if err := scan(&k, &n); err != nil {

@@ -2,6 +2,8 @@ package store
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -116,36 +118,60 @@ FROM v WHERE intent.certificate_id = v.c AND intent.agent_id = v.a AND intent.ge
 	return err
 }
 
-// DueLeaves returns leaves of a shard whose DueAt has come, the longest due first.
+// DueLeaves returns leaves of a shard whose DueAt has come, the longest due first. Leaves of one batch may share what their
+// policies and profiles hold: it is only to be read.
 func (s *Store) DueLeaves(ctx context.Context, shard int, now time.Time, limit int) ([]domain.DueLeaf, error) {
 	var due []domain.DueLeaf
 	err := s.read(ctx, "leaf.due", func(t *tx) error {
 		due = nil
-		return t.each("SELECT "+leafColumns+`, certificate.status, certificate.policy,
- profile.id, profile.name, profile.key_algorithm, profile.allowed, profile.ekus, profile.ttl, profile.max_ttl, profile.created_at,
- CASE WHEN job.id IS NULL THEN 0 ELSE 1 END
-FROM leaf JOIN certificate ON certificate.id = leaf.certificate_id JOIN profile ON profile.id = certificate.profile_id
+		// Of a thousand leaves nearly all have one of a few policies and profiles: each is read and parsed once.
+		policies := map[string]domain.Policy{}
+		profiles := map[string]domain.Profile{}
+		err := t.each("SELECT "+leafColumns+`, certificate.status, certificate.policy, certificate.profile_id, CASE WHEN job.id IS NULL THEN 0 ELSE 1 END
+FROM leaf JOIN certificate ON certificate.id = leaf.certificate_id
 LEFT JOIN job ON job.open_key = 'leaf:' || leaf.certificate_id || ':' || leaf.agent_id
 WHERE leaf.shard = $1 AND leaf.due_at <= $2 ORDER BY leaf.due_at LIMIT $3`, []any{shard, micro(now), limit}, func(scan func(...any) error) error {
 			var l leafRow
 			var d domain.DueLeaf
-			var policy, allowed, ekus string
-			var ttl, maxTTL, created int64
+			var policy string
 			var open int
-			p := &d.Profile
-			if err := scan(append(l.dest(), &d.Status, &policy, &p.ID, &p.Name, &p.KeyAlgorithm, &allowed, &ekus, &ttl, &maxTTL, &created, &open)...); err != nil {
+			if err := scan(append(l.dest(), &d.Status, &policy, &d.Profile.ID, &open)...); err != nil {
 				return err
 			}
-			d.Leaf, d.OpenJob = l.toDomain(), open == 1
-			p.TTL, p.MaxTTL, p.CreatedAt = time.Duration(ttl)*time.Microsecond, time.Duration(maxTTL)*time.Microsecond, fromMicro(created)
-			for text, into := range map[string]any{policy: &d.Policy, allowed: &p.Allowed, ekus: &p.EKUs} {
-				if err := fromJSON(text, into); err != nil {
+			p, ok := policies[policy]
+			if !ok {
+				if err := fromJSON(policy, &p); err != nil {
 					return err
 				}
+				policies[policy] = p
 			}
+			d.Leaf, d.Policy, d.OpenJob = l.toDomain(), p, open == 1
+			profiles[d.Profile.ID] = domain.Profile{}
 			due = append(due, d)
 			return nil
 		})
+		if err != nil || len(due) == 0 {
+			return err
+		}
+		ids := slices.Sorted(maps.Keys(profiles))
+		clear(profiles)
+		err = chunks(ids, func(ids []string) error {
+			in, args := inList(1, ids)
+			found, err := collect(t, "SELECT "+profileColumns+" FROM profile WHERE profile.id IN "+in, args, scanProfile)
+			for _, p := range found {
+				profiles[p.ID] = p
+			}
+			return err
+		})
+		kept := due[:0]
+		for _, d := range due {
+			if p, ok := profiles[d.Profile.ID]; ok {
+				d.Profile = p
+				kept = append(kept, d)
+			}
+		}
+		due = kept
+		return err
 	})
 	return due, err
 }

@@ -99,7 +99,7 @@ func roundUp(n int) int {
 }
 
 // inList writes "($first, …)" for at least one value, the last one repeated up to a round length.
-func inList(first int, values []string) (text string, args []any) {
+func inList[T ~string](first int, values []T) (text string, args []any) {
 	n := roundUp(len(values))
 	var b strings.Builder
 	for i := range n {
@@ -109,7 +109,7 @@ func inList(first int, values []string) (text string, args []any) {
 			b.WriteString(", ")
 		}
 		b.WriteString("$" + strconv.Itoa(first+i))
-		args = append(args, values[min(i, len(values)-1)])
+		args = append(args, string(values[min(i, len(values)-1)]))
 	}
 	b.WriteString(")")
 	return b.String(), args
@@ -117,7 +117,7 @@ func inList(first int, values []string) (text string, args []any) {
 
 // valueList builds the rows of a statement as a common table v. On servers each column is one array:
 //
-//	WITH v(a, b) AS (SELECT * FROM unnest(CAST($1 AS TEXT[]), CAST($2 AS BIGINT[])))
+//	WITH v(a, b) AS (SELECT a, b FROM unnest(CAST($1 AS TEXT[]), CAST($2 AS BIGINT[])) AS u(a, b))
 //
 // which is one text for any number of rows, planned once. SQLite has no arrays:
 //
@@ -214,7 +214,8 @@ func (v *valueList) unnested() string {
 		parts[c] = "CAST($" + strconv.Itoa(c+1) + " AS " + word + "[])"
 	}
 	v.args = columns
-	return "SELECT * FROM unnest(" + strings.Join(parts, ", ") + ")"
+	names := strings.Join(v.names, ", ")
+	return "SELECT " + names + " FROM unnest(" + strings.Join(parts, ", ") + ") AS u(" + names + ")"
 }
 
 // column is column c of the rows: a []T, or a []*T where some are NULL.
