@@ -17,7 +17,7 @@ func (a *App) certs() *cobra.Command {
 		Example: `  certmesh certs list
   certmesh certs create web --dns www.example.com --issuer corp --target web-1-nginx --wait
   certmesh certs why web`,
-	}, a.certsList(), a.certsGet(), a.certsCreate(), a.certsRenew(), a.certsDeploy(), a.certsRevoke(), a.certsVersions(), a.certsWhy())
+	}, a.certsList(), a.certsGet(), a.certsCreate(), a.certsRenew(), a.certsDeploy(), a.certsVerify(), a.certsRevoke(), a.certsVersions(), a.certsWhy())
 }
 
 var certificateStatuses = []string{"Pending", "Active", "Expiring", "Expired", "RenewalInProgress", "Failed", "Revoked", "Archived"}
@@ -28,8 +28,8 @@ func (a *App) certsList() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list",
 		Short: "List certificates",
-		Long: `Lists certificates with two facts about each: STATUS (Active says issued) and SERVED, how many of its placements
-serve what is wanted, or hold it where they are not probed.
+		Long: `Lists certificates with two facts about each: STATUS (Active says issued) and IN PLACE, how many of its placements
+serve what is wanted or, where they have no verify address and are not probed, hold it.
 
 Every list is read from an index, so that it is as fast among a million certificates as among ten. What no index serves,
 most filters together, is refused with what can be asked for; --format json and a filter of your own do the rest.`,

@@ -15,7 +15,7 @@ func (a *App) status() *cobra.Command {
 		Use:   "status",
 		Short: "Show the control plane at a glance",
 		Long: `Shows the node that answers, how many certificates, agents and open jobs there are in each state, how many
-placements do not serve what is wanted, and when each duty last ran.`,
+placements do not have what is wanted in place, and when each duty last ran.`,
 		Example: `  certmesh status
   certmesh status --watch
   certmesh status --format json`,

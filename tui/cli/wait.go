@@ -27,7 +27,7 @@ func (a *App) await(ctx context.Context, c *client.Client, n *namer, crt *operat
 	timeout := a.Clock.NewTimer(limit)
 	defer timeout.Stop()
 	o := &order{app: a, c: c, n: n, start: start, crt: crt, jobs: jobs, told: map[string]bool{}, gone: map[string]bool{}}
-	fmt.Fprintf(a.Err, "Waiting until %s is served at %s.\n", render.Clean(crt.GetName()), placements(crt))
+	fmt.Fprintf(a.Err, "Waiting until %s is in place at %s.\n", render.Clean(crt.GetName()), placements(crt))
 	feed := c.Watch(ctx, a.Clock, []string{"certificates", "jobs"}, "")
 	notices := feed.C
 	for {
@@ -35,7 +35,7 @@ func (a *App) await(ctx context.Context, c *client.Client, n *namer, crt *operat
 		case <-outer.Done():
 			return o.crt, o.jobs, outer.Err()
 		case <-timeout.Chan():
-			return o.crt, o.jobs, waitError{fmt.Sprintf("after %s %s is served at %d of %d placements; see certmesh certs why %s",
+			return o.crt, o.jobs, waitError{fmt.Sprintf("after %s %s is in place at %d of %d placements; see certmesh certs why %s",
 				newSpan(&limit, limit), o.crt.GetName(), o.crt.GetPlacementsCurrent(), o.crt.GetPlacementsTotal(), o.crt.GetName())}
 		case _, open := <-notices:
 			if !open {
@@ -53,7 +53,7 @@ func (a *App) await(ctx context.Context, c *client.Client, n *namer, crt *operat
 		case err != nil:
 			return o.crt, o.jobs, err
 		case done:
-			fmt.Fprintf(a.Err, "%s is served at %s after %s.\n", render.Clean(o.crt.GetName()), placements(o.crt), a.Clock.Since(start).Round(100*time.Millisecond))
+			fmt.Fprintf(a.Err, "%s is %s after %s.\n", render.Clean(o.crt.GetName()), inPlace(o.crt), a.Clock.Since(start).Round(100*time.Millisecond))
 			return o.crt, o.jobs, nil
 		}
 	}
@@ -129,9 +129,28 @@ func (o *order) look(ctx context.Context) (done bool, err error) {
 	return false, o.broken(ctx)
 }
 
+// inPlace says at how many placements a certificate that is in place everywhere is served, and at how many it is only known to
+// be installed, because they are not probed.
+func inPlace(c *operatorpb.Certificate) string {
+	unprobed := 0
+	for _, p := range c.GetPlacements() {
+		if p.GetState() == "Installed" {
+			unprobed++
+		}
+	}
+	switch probed := len(c.GetPlacements()) - unprobed; {
+	case unprobed == 0:
+		return "served at " + placements(c)
+	case probed == 0:
+		return "in place (read back, not probed) at " + placements(c)
+	default:
+		return fmt.Sprintf("in place at %s (%d served, %d read back and not probed)", placements(c), probed, unprobed)
+	}
+}
+
 func progress(state string) string {
 	if state == "Installed" {
-		return "installed (not probed)"
+		return "in place (read back, not probed)"
 	}
 	return "served"
 }
@@ -200,7 +219,7 @@ func (o *order) broken(ctx context.Context) error {
 			return err
 		}
 		if still(again.GetCertificate(), p) {
-			return waitError{fmt.Sprintf("%s is not served at %s: %s; %s", o.crt.GetName(), p.GetTargetName(), first(p.GetLastError(), "no reason is known"), next)}
+			return waitError{fmt.Sprintf("%s is not in place at %s: %s; %s", o.crt.GetName(), p.GetTargetName(), first(p.GetLastError(), "no reason is known"), next)}
 		}
 	}
 	if o.crt.GetStatus() == "Revoked" || o.crt.GetStatus() == "Archived" {

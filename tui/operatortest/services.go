@@ -118,6 +118,25 @@ func (s certificates) DeployCertificate(_ context.Context, r *operatorpb.DeployC
 	})
 }
 
+func (s certificates) VerifyCertificate(_ context.Context, r *operatorpb.VerifyCertificateRequest) (*operatorpb.VerifyCertificateResponse, error) {
+	return answer(s.Server, func() (*operatorpb.VerifyCertificateResponse, error) {
+		c, err := found(s.data.Certificates, r.GetId(), "certificate")
+		if err != nil {
+			return nil, err
+		}
+		out := &operatorpb.VerifyCertificateResponse{}
+		for _, p := range c.GetPlacements() {
+			j := &operatorpb.Job{
+				Id: id("job", 20+len(s.data.Jobs)), Kind: "Validation", State: "Pending", CertificateId: c.GetId(), AgentId: p.GetAgentId(), TargetId: p.GetTargetId(),
+				Generation: 1, MaxTries: 3, CreatedAt: timestamppb.New(Now), UpdatedAt: timestamppb.New(Now), RunAt: timestamppb.New(Now), Reason: "on request",
+			}
+			s.data.Jobs = append(s.data.Jobs, j)
+			out.Jobs = append(out.Jobs, j)
+		}
+		return out, nil
+	})
+}
+
 func (s certificates) RevokeCertificate(_ context.Context, r *operatorpb.RevokeCertificateRequest) (*operatorpb.RevokeCertificateResponse, error) {
 	return answer(s.Server, func() (*operatorpb.RevokeCertificateResponse, error) {
 		c, err := found(s.data.Certificates, r.GetId(), "certificate")

@@ -9,8 +9,8 @@ import (
 	operatorpb "github.com/certmesh/certmesh/protocol/operator/v1"
 )
 
-// served is the second fact about a certificate: how many placements serve (or hold) what is wanted.
-func served(c *operatorpb.Certificate) string {
+// inPlace is the second fact about a certificate: how many placements serve what is wanted, or hold it where they are not probed.
+func inPlace(c *operatorpb.Certificate) string {
 	return fmt.Sprintf("%d/%d", c.GetPlacementsCurrent(), c.GetPlacementsTotal())
 }
 
@@ -19,10 +19,10 @@ func (p *Page) Certificates(list []*operatorpb.Certificate, names Names, now tim
 	rows := make([][]string, 0, len(list))
 	for _, c := range list {
 		rows = append(rows, []string{
-			c.GetName(), c.GetStatus(), served(c), Time(c.GetNotAfter(), now), names.of(c.GetIssuerId()), names.of(c.GetProfileId()), c.GetOwner(),
+			c.GetName(), c.GetStatus(), inPlace(c), Time(c.GetNotAfter(), now), names.of(c.GetIssuerId()), names.of(c.GetProfileId()), c.GetOwner(),
 		})
 	}
-	p.Table([]string{"NAME", "STATUS", "SERVED", "EXPIRES", "ISSUER", "PROFILE", "OWNER"}, rows)
+	p.Table([]string{"NAME", "STATUS", "IN PLACE", "EXPIRES", "ISSUER", "PROFILE", "OWNER"}, rows)
 }
 
 // Certificate is one with its leaves and placements.
@@ -32,7 +32,7 @@ func (p *Page) Certificate(c *operatorpb.Certificate, names Names, now time.Time
 		Fact{"Name", c.GetName()},
 		Fact{"Id", c.GetId()},
 		Fact{"Status", c.GetStatus()},
-		Fact{"Served", served(c)},
+		Fact{"In place", inPlace(c)},
 		Fact{"Expires", Time(c.GetNotAfter(), now)},
 		Fact{"Common name", n.GetCommonName()},
 		Fact{"DNS", strings.Join(n.GetDns(), ", ")},
@@ -58,8 +58,12 @@ func (p *Page) Certificate(c *operatorpb.Certificate, names Names, now time.Time
 	if len(c.GetPlacements()) > 0 {
 		rows := make([][]string, 0, len(c.GetPlacements()))
 		for _, pl := range c.GetPlacements() {
+			state := pl.GetState()
+			if pl.GetDriftedAt() != nil {
+				state += ", changed " + Relative(pl.GetDriftedAt(), now)
+			}
 			rows = append(rows, []string{
-				placementName(pl.GetTargetName(), pl.GetTargetId()), names.of(pl.GetAgentId()), pl.GetState(), yes(pl.GetCurrent()), number(pl.GetInstalledGeneration()),
+				placementName(pl.GetTargetName(), pl.GetTargetId()), names.of(pl.GetAgentId()), state, yes(pl.GetCurrent()), number(pl.GetInstalledGeneration()),
 				number(pl.GetServedGeneration()), Time(pl.GetServedAt(), now), pl.GetLastError(),
 			})
 		}
@@ -174,9 +178,9 @@ func (p *Page) Why(e *operatorpb.ExplainCertificateResponse, names Names, now ti
 	case total == 0:
 		p.Line("It is placed on no target.")
 	case current == total:
-		p.Line(fmt.Sprintf("Every placement (%d of %d) serves what is wanted.", current, total))
+		p.Line(fmt.Sprintf("What is wanted is in place at every placement (%d of %d)%s.", current, total, proven(c.GetPlacements())))
 	default:
-		p.Line(fmt.Sprintf("%d of %d placements serve what is wanted.", current, total))
+		p.Line(fmt.Sprintf("What is wanted is in place at %d of %d placements.", current, total))
 	}
 	for i, l := range e.GetLeaves() {
 		due := "is not due"
@@ -213,6 +217,26 @@ func (p *Page) Why(e *operatorpb.ExplainCertificateResponse, names Names, now ti
 			line += "; it waits for: " + pl.GetWaitsFor()
 		}
 		p.block(i, sentence(line))
+	}
+}
+
+// proven says how it is known of placements that they have what is wanted.
+func proven(list []*operatorpb.Placement) string {
+	served := 0
+	for _, pl := range list {
+		if pl.GetState() == "Served" {
+			served++
+		}
+	}
+	switch unprobed := len(list) - served; {
+	case len(list) == 0:
+		return ""
+	case unprobed == 0:
+		return ": served"
+	case served == 0:
+		return ": read back, not probed"
+	default:
+		return fmt.Sprintf(": %d served, %d read back and not probed", served, unprobed)
 	}
 }
 

@@ -183,7 +183,7 @@ func TestWhy(t *testing.T) {
 				Leaves:      []*operatorpb.LeafExplanation{{AgentId: "agt_1", Due: true, Reason: "nothing is issued yet"}},
 				Placements:  []*operatorpb.PlacementExplanation{{TargetId: "tgt_1", WaitsFor: "the first certificate"}},
 			},
-			"db is Pending.\n0 of 1 placements serve what is wanted.\n\nOn agent web-1 it is due: nothing is issued yet.\n\nTarget tgt_1 does not have what is wanted; it waits for: the first certificate.\n",
+			"db is Pending.\nWhat is wanted is in place at 0 of 1 placements.\n\nOn agent web-1 it is due: nothing is issued yet.\n\nTarget tgt_1 does not have what is wanted; it waits for: the first certificate.\n",
 		},
 		{
 			"expired, placed nowhere", &operatorpb.ExplainCertificateResponse{
@@ -196,7 +196,7 @@ func TestWhy(t *testing.T) {
 				Certificate: &operatorpb.Certificate{Name: "web", Status: "Active", PlacementsTotal: 1, PlacementsCurrent: 1},
 				Leaves:      []*operatorpb.LeafExplanation{{AgentId: "agt_1", Reason: "it renews on 2027-01-30 10:00 UTC", DueAt: timestamppb.New(now.Add(60 * day))}},
 			},
-			"web is Active.\nEvery placement (1 of 1) serves what is wanted.\n\nOn agent web-1 it is not due: it renews on 2027-01-30 10:00 UTC (in 60d).\n",
+			"web is Active.\nWhat is wanted is in place at every placement (1 of 1).\n\nOn agent web-1 it is not due: it renews on 2027-01-30 10:00 UTC (in 60d).\n",
 		},
 		{
 			"all is well", &operatorpb.ExplainCertificateResponse{
@@ -204,7 +204,7 @@ func TestWhy(t *testing.T) {
 				Leaves:      []*operatorpb.LeafExplanation{{AgentId: "agt_1", Reason: "it is young.", DueAt: timestamppb.New(now.Add(60 * day))}},
 				Placements:  []*operatorpb.PlacementExplanation{{TargetName: "site", Current: true}},
 			},
-			"web is Active and expires 2027-03-01 10:00 UTC (in 90d).\nEvery placement (1 of 1) serves what is wanted.\n\n" +
+			"web is Active and expires 2027-03-01 10:00 UTC (in 90d).\nWhat is wanted is in place at every placement (1 of 1).\n\n" +
 				"On agent web-1 it is not due: it is young. It will be due 2027-01-30 10:00 UTC (in 60d).\n\nTarget site has what is wanted.\n",
 		},
 	} {

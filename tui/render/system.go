@@ -134,7 +134,7 @@ func (p *Page) Status(s *operatorpb.GetStatusResponse, now time.Time) {
 		Fact{"Trust domain", s.GetTrustDomain()},
 		Fact{"Store", fmt.Sprintf("%s, schema %d", s.GetStore(), s.GetSchemaVersion())},
 		Fact{"Certificates", none(counts(s.GetCertificatesByStatus()))},
-		Fact{"Served", lagging(s)},
+		Fact{"In place", lagging(s)},
 		Fact{"Agents", none(counts(s.GetAgentsByState()))},
 		Fact{"Streams here", fmt.Sprint(s.GetSessions())},
 		Fact{"Open jobs", none(counts(s.GetOpenJobsByState()))},
@@ -171,10 +171,10 @@ func none(s string) string {
 func lagging(s *operatorpb.GetStatusResponse) string {
 	switch n := s.GetPlacementsLagging(); n {
 	case 0:
-		return "every placement serves what is wanted"
+		return "everywhere"
 	case 1:
-		return "1 placement does not serve what is wanted"
+		return "not at 1 placement"
 	default:
-		return fmt.Sprintf("%d placements do not serve what is wanted", n)
+		return fmt.Sprintf("not at %d placements", n)
 	}
 }
