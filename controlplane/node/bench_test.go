@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"runtime/pprof"
 	"strings"
 	"sync"
@@ -37,12 +38,14 @@ func BenchmarkIssue(b *testing.B) {
 		b.Run(e.Name, func(b *testing.B) {
 			s := e.Open(b)
 			p, work, csrs := prepareIssue(b, s, b.N)
+			// What docs/operations.md advises for nodes that issue much.
+			defer debug.SetGCPercent(debug.SetGCPercent(400))
 			report := e.ReportCPU(b)
 			done := profiled(b)
 			b.ResetTimer()
 			var next atomic.Int64
 			var wg sync.WaitGroup
-			for range 128 {
+			for range 256 {
 				wg.Go(func() {
 					for i := next.Add(1) - 1; i < int64(b.N); i = next.Add(1) - 1 {
 						if _, err := p.Issue(b.Context(), issue.Request{Work: work[i], CSR: csrs[i]}); err != nil {

@@ -13,6 +13,9 @@ import (
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
+// goodBatch is how many items are worth a transaction beside another one.
+const goodBatch = maxBatch / 2
+
 // batchTimeout is the ceiling of one shared transaction with its retries. It does not hang on any caller's context: a
 // caller that gives up must not abort the work of ninety-nine others.
 const batchTimeout = 30 * time.Second
@@ -29,10 +32,13 @@ type batch[I, O any] struct {
 	run func(ctx context.Context, items []I) ([]O, error)
 	// fail is the outcome of an item whose transaction failed.
 	fail func(error) O
+	// lanes is how many transactions may run at once; 0 means 1. Only for what is safe beside itself at READ COMMITTED. Each
+	// after the first begins when enough for a good batch has queued, and ends when that is no longer so.
+	lanes int
 
 	mu      sync.Mutex
 	queue   []*entry[I, O]
-	running bool
+	running int
 	closed  bool
 	idle    sync.WaitGroup
 }
@@ -64,8 +70,8 @@ func (b *batch[I, O]) do(ctx context.Context, items []I) []O {
 		return b.failed(len(items), errClosed)
 	}
 	b.queue = append(b.queue, mine...)
-	if !b.running {
-		b.running = true
+	if b.running == 0 || b.running < b.lanes && len(b.queue) >= goodBatch {
+		b.running++
 		b.idle.Add(1)
 		go b.loop()
 	}
@@ -102,12 +108,12 @@ func (b *batch[I, O]) loop() {
 	defer b.idle.Done()
 	for {
 		b.mu.Lock()
-		work := b.takeLocked()
-		if len(work) == 0 {
-			b.running = false
+		if len(b.queue) == 0 || b.running > 1 && len(b.queue) < goodBatch {
+			b.running--
 			b.mu.Unlock()
 			return
 		}
+		work := b.takeLocked()
 		b.mu.Unlock()
 		b.s.metrics.batch.WithLabelValues(b.name).Observe(float64(len(work)))
 		b.serve(work)

@@ -30,10 +30,15 @@ func (b *batches) start(s *Store) {
 	b.fail = &batch[domain.Failure, domain.FailureOutcome]{s: s, name: "job.fail", run: s.failAll,
 		key:  func(x domain.Failure) string { return x.JobID },
 		fail: func(err error) domain.FailureOutcome { return domain.FailureOutcome{Err: err} }}
-	b.intents = &batch[domain.Intent, domain.IntentOutcome]{s: s, name: "intent.record", run: s.intendAll,
+	// The database works on one transaction while the next is put together here.
+	lanes := 1
+	if s.d.name != nameSQLite {
+		lanes = 2
+	}
+	b.intents = &batch[domain.Intent, domain.IntentOutcome]{s: s, name: "intent.record", run: s.intendAll, lanes: lanes,
 		key:  func(x domain.Intent) string { return x.JobID },
 		fail: func(err error) domain.IntentOutcome { return domain.IntentOutcome{Err: err} }}
-	b.issued = &batch[domain.Issued, domain.IssuedOutcome]{s: s, name: "version.record", run: s.issueAll,
+	b.issued = &batch[domain.Issued, domain.IssuedOutcome]{s: s, name: "version.record", run: s.issueAll, lanes: lanes,
 		key:  func(x domain.Issued) string { return x.JobID },
 		fail: func(err error) domain.IssuedOutcome { return domain.IssuedOutcome{Err: err} }}
 	b.complete = &batch[domain.DeployResult, domain.DeployOutcome]{s: s, name: "job.complete", run: s.completeAll,
