@@ -65,7 +65,7 @@ type Secrets struct {
 type Mesh struct {
 	TrustDomain string        `yaml:"trust_domain" env:"CERTMESH_TRUST_DOMAIN" default:"certmesh.local" doc:"Trust domain of the SPIFFE ids. It cannot change once agents have joined."`
 	IdentityTTL time.Duration `yaml:"identity_ttl" env:"CERTMESH_IDENTITY_TTL" default:"168h" doc:"Validity of agents' and nodes' identities, 1m to 2160h; they are renewed at half of it."`
-	Handshakes  int           `yaml:"handshakes" env:"CERTMESH_MESH_HANDSHAKES" default:"64" doc:"Hellos that are worked on at the same time; more are asked to come back."`
+	Handshakes  int           `yaml:"handshakes" env:"CERTMESH_MESH_HANDSHAKES" default:"64" doc:"Hellos and enrolments that are worked on at the same time; more Hellos wait, more enrolments are asked to come back."`
 }
 
 // PKI is what relying parties see of our own CAs.

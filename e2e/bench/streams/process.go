@@ -43,11 +43,12 @@ func (m Memory) over(n int) Memory {
 	return Memory{m.Resident / d, m.InUse / d, m.Heap / d, m.Stacks / d}
 }
 
-// memoryOf collects the garbage of a process twice, which also shrinks its stacks, and reads its memory.
+// memoryOf collects the garbage of a process and reads its memory. Each collection halves the stacks that are far larger
+// than what they hold, so that it takes some until they are as large as they stay.
 func memoryOf(ctx context.Context, pid int, debug string) (Memory, error) {
 	var m Memory
 	var text string
-	for range 2 {
+	for range 4 {
 		var err error
 		if text, err = get(ctx, "http://"+debug+"/debug/pprof/heap?gc=1&debug=1"); err != nil {
 			return m, err
