@@ -64,7 +64,7 @@ type Config struct {
 	Kinds []target.Kind
 	// Facts describe the host; nil: they are gathered.
 	Facts *agentpb.Facts
-	// KeyLimit, DeployLimit and VerifyLimit are how many assignments of each class may be in work at once; 0: 8, 32 and 8.
+	// KeyLimit, DeployLimit and VerifyLimit are how many assignments of each class may be in work at once; 0: 64, 256 and 8.
 	KeyLimit, DeployLimit, VerifyLimit int
 
 	// InMemory keeps everything in memory; it is lost when Run returns. Memory does, and outlives Run.
@@ -105,9 +105,10 @@ func NewMemory() *Memory {
 }
 
 const (
-	defaultRetention   = 3
-	defaultKeyLimit    = 8
-	defaultDeployLimit = 32
+	defaultRetention = 3
+	// A thousand renewals on one agent are a handful of batches: what waits for a service's reload holds a place too.
+	defaultKeyLimit    = 64
+	defaultDeployLimit = 256
 	defaultVerifyLimit = 8
 	defaultPort        = "8444"
 

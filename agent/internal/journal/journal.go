@@ -136,7 +136,8 @@ type Disk struct {
 	dir    string
 	log    *slog.Logger
 	frozen bool
-	mu     sync.Mutex
+	// locks order what happens to one entry, by a hash of its id; entries are apart on disk, and their fsyncs overlap.
+	locks [64]sync.Mutex
 }
 
 const suffix = ".entry"
@@ -157,6 +158,13 @@ func View(dir string) *Disk {
 	return &Disk{dir: dir, log: slog.New(slog.DiscardHandler), frozen: true}
 }
 
+// lock takes the lock of an entry and returns its release.
+func (d *Disk) lock(id string) func() {
+	m := &d.locks[crc32.Checksum([]byte(id), castagnoli)%uint32(len(d.locks))]
+	m.Lock()
+	return m.Unlock
+}
+
 // path hashes the id: it comes from the server and must not be a path.
 func (d *Disk) path(id string) string {
 	h := sha256.Sum256([]byte(id))
@@ -169,15 +177,13 @@ func (d *Disk) Put(e *Entry) error {
 	if err != nil {
 		return err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock(e.Assignment.GetId())()
 	return durable.WriteFile(d.path(e.Assignment.GetId()), data, 0o600)
 }
 
 // Drop implements Journal.
 func (d *Disk) Drop(id string) error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock(id)()
 	if err := os.Remove(d.path(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fault.Wrap(fault.Retryable, err, "a journal entry cannot be removed (%s)", durable.Reason(err))
 	}
@@ -186,8 +192,7 @@ func (d *Disk) Drop(id string) error {
 
 // Probe implements Journal.
 func (d *Disk) Probe() error {
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock("probe")()
 	path := filepath.Join(d.dir, "probe")
 	if err := durable.WriteFile(path, make([]byte, 4096), 0o600); err != nil {
 		return err
@@ -201,8 +206,6 @@ func (d *Disk) Probe() error {
 // All implements Journal. An entry that cannot be decoded is renamed aside and logged: one bad sector must not keep
 // the agent from its other work, and the server assigns again what Hello does not list.
 func (d *Disk) All() ([]*Entry, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	es, err := os.ReadDir(d.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil

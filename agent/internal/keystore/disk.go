@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -19,8 +20,16 @@ import (
 // Disk is the Store of a real host.
 type Disk struct {
 	dir string
-	// mu serialises everything: keys are made a few times an hour, and Ensure must not race itself into two keys.
-	mu sync.Mutex
+	// locks serialise what happens to one certificate, by a hash of its id, so that Ensure does not race itself into two
+	// keys; those of others are apart on disk, and their fsyncs overlap.
+	locks [64]sync.Mutex
+}
+
+// lock takes the lock of a certificate and returns its release.
+func (d *Disk) lock(id string) func() {
+	m := &d.locks[crc32.ChecksumIEEE([]byte(id))%uint32(len(d.locks))]
+	m.Lock()
+	return m.Unlock
 }
 
 var keyFile = regexp.MustCompile(`^(\d{12})-([0-9a-f]{64})\.(pem|crt)$`)
@@ -134,8 +143,7 @@ func (d *Disk) Ensure(id string, generation int64, algorithm string) (Key, error
 	if err := CheckName(id, generation); err != nil {
 		return Key{}, err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock(id)()
 	es, err := d.entries(id)
 	if err != nil {
 		return Key{}, err
@@ -168,11 +176,14 @@ func (d *Disk) Ensure(id string, generation int64, algorithm string) (Key, error
 		return Key{}, err
 	}
 	dir := filepath.Join(d.dir, id)
-	if err := durable.PrivateDir(dir); err != nil {
-		return Key{}, err
-	}
-	if err := durable.SyncDir(d.dir); err != nil {
-		return Key{}, fault.Wrap(fault.Retryable, err, "the key directory %s cannot be written (%s)", d.dir, durable.Reason(err))
+	if len(es) == 0 {
+		// A directory that holds a key was made durable before that.
+		if err := durable.PrivateDir(dir); err != nil {
+			return Key{}, err
+		}
+		if err := durable.SyncDir(d.dir); err != nil {
+			return Key{}, fault.Wrap(fault.Retryable, err, "the key directory %s cannot be written (%s)", d.dir, durable.Reason(err))
+		}
 	}
 	if err := durable.WriteFile(filepath.Join(dir, baseName(generation, spki)+".pem"), pemBytes, 0o600); err != nil {
 		return Key{}, err
@@ -198,8 +209,7 @@ func (d *Disk) BySPKI(id string, spki SPKI) (Key, error) {
 	if err := CheckName(id, 0); err != nil {
 		return Key{}, err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock(id)()
 	e, ok, err := d.find(id, spki)
 	if err != nil {
 		return Key{}, err
@@ -215,8 +225,7 @@ func (d *Disk) Relabel(id string, spki SPKI, generation int64) error {
 	if err := CheckName(id, generation); err != nil {
 		return err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock(id)()
 	e, ok, err := d.find(id, spki)
 	if err != nil || !ok || e.generation == generation {
 		return err
@@ -242,8 +251,7 @@ func (d *Disk) Retire(id string, below int64) (int, error) {
 	if err := CheckName(id, 0); err != nil {
 		return 0, err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock(id)()
 	es, err := d.entries(id)
 	if err != nil {
 		return 0, err
@@ -276,8 +284,7 @@ func (d *Disk) PutLeaf(id string, spki SPKI, leaf []byte) error {
 	if err := CheckName(id, 0); err != nil {
 		return err
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
+	defer d.lock(id)()
 	e, ok, err := d.find(id, spki)
 	if err != nil {
 		return err
@@ -291,36 +298,46 @@ func (d *Disk) PutLeaf(id string, spki SPKI, leaf []byte) error {
 
 // List implements Store. Keys that cannot be read are left out of nothing: the first such error ends it.
 func (d *Disk) List() ([]Info, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	ids, err := d.certificates()
 	if err != nil {
 		return nil, err
 	}
 	var out []Info
 	for _, id := range ids {
-		es, err := d.entries(id)
+		infos, err := d.infos(id)
 		if err != nil {
 			return nil, err
 		}
-		for _, e := range es {
-			k, err := d.load(id, e)
-			if err != nil {
-				return nil, err
-			}
-			in := Info{CertificateID: id, Generation: e.generation, SPKI: e.spki, Algorithm: algorithmOf(k.Signer)}
-			if e.leaf != "" {
-				b, err := os.ReadFile(e.leaf)
-				if err != nil {
-					return nil, fault.Wrap(fault.Retryable, err, "a leaf of %s cannot be read (%s)", id, durable.Reason(err))
-				}
-				if block, _ := pem.Decode(b); block != nil {
-					in.Leaf = block.Bytes
-				}
-			}
-			out = append(out, in)
-		}
+		out = append(out, infos...)
 	}
 	sortInfos(out)
+	return out, nil
+}
+
+// infos is List for one certificate.
+func (d *Disk) infos(id string) ([]Info, error) {
+	defer d.lock(id)()
+	var out []Info
+	es, err := d.entries(id)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range es {
+		k, err := d.load(id, e)
+		if err != nil {
+			return nil, err
+		}
+		in := Info{CertificateID: id, Generation: e.generation, SPKI: e.spki, Algorithm: algorithmOf(k.Signer)}
+		if e.leaf != "" {
+			b, err := os.ReadFile(e.leaf)
+			if err != nil {
+				return nil, fault.Wrap(fault.Retryable, err, "a leaf of %s cannot be read (%s)", id, durable.Reason(err))
+			}
+			if block, _ := pem.Decode(b); block != nil {
+				in.Leaf = block.Bytes
+			}
+		}
+		out = append(out, in)
+	}
 	return out, nil
 }

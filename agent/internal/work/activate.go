@@ -124,10 +124,25 @@ func runBack(ctx context.Context, steps []*step) {
 // to the culprits, which stay undone; everything else ends up installed and active. k culprits among n steps cost about
 // 2k·log2(n) activations.
 func solve(ctx context.Context, steps []*step) {
+	// Installing is mostly waiting for the disk: all at once, as far as install itself lets them.
+	bad := make([]error, len(steps))
+	var wg sync.WaitGroup
+	for i, s := range steps {
+		wg.Go(func() {
+			defer func() {
+				if p := recover(); p != nil {
+					// A connector's defect costs its own assignment, not the agent.
+					bad[i] = fault.New(fault.Internal, "the agent met a defect of its own while installing: %v", p)
+				}
+			}()
+			bad[i] = s.install(ctx)
+		})
+	}
+	wg.Wait()
 	var in []*step
-	for _, s := range steps {
-		if err := s.install(ctx); err != nil {
-			s.done <- joinUndo(err, s.undo(ctx))
+	for i, s := range steps {
+		if bad[i] != nil {
+			s.done <- joinUndo(bad[i], s.undo(ctx))
 			continue
 		}
 		in = append(in, s)

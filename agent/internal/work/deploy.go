@@ -200,6 +200,10 @@ func (d *deployment) install(begin, act context.Context) (target.Proof, error) {
 
 // commit stages, journals the receipt, and only then installs.
 func (d *deployment) commit(ctx context.Context) error {
+	if err := d.e.writes.Acquire(ctx, 1); err != nil {
+		return fault.Wrap(fault.Retryable, context.Cause(ctx), "it was stopped before anything was installed")
+	}
+	defer d.e.writes.Release(1)
 	st, err := d.tgt.Stage(ctx, d.mat)
 	if err != nil {
 		return err

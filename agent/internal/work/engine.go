@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"time"
 
@@ -56,8 +57,16 @@ type Config struct {
 	WatchInterval func() time.Duration
 }
 
-// maxKeys bounds parallel key making: RSA-4096 takes seconds of a core, and the host has other work.
-const maxKeys = 2
+// maxKeys bounds parallel key making, in which an RSA key counts rsaCost: RSA-4096 takes seconds of a core, and the host
+// has other work. Elliptic keys mostly wait for the disk.
+const (
+	maxKeys = 8
+	rsaCost = 4
+)
+
+// maxWrites is how many installations write at once: enough for their fsyncs to share the disk's flushes, few enough
+// for the threads that wait in them.
+const maxWrites = 32
 
 // actGrace is how long after the process was asked to stop an installation may still be finished or undone; what takes
 // longer is settled by Recover at the next start.
@@ -76,6 +85,7 @@ type Engine struct {
 	targets keyed
 	keySem  *semaphore.Weighted
 	depSem  *semaphore.Weighted
+	writes  *semaphore.Weighted
 	shelf   *shelf
 	// watchChanged holds a token when Watch is to look at its settings again.
 	watchChanged chan struct{}
@@ -96,7 +106,8 @@ type Engine struct {
 // New returns an Engine; Recover must be called before anything else, Stop at the end. ctx carries values only.
 func New(ctx context.Context, cfg Config) *Engine {
 	e := &Engine{cfg: cfg, keySem: semaphore.NewWeighted(maxKeys), depSem: semaphore.NewWeighted(cfg.MaxDeploys),
-		stops: map[string]context.CancelCauseFunc{}, shelf: newShelf(cfg.Placed, cfg.Log), watchChanged: make(chan struct{}, 1),
+		writes: semaphore.NewWeighted(maxWrites),
+		stops:  map[string]context.CancelCauseFunc{}, shelf: newShelf(cfg.Placed, cfg.Log), watchChanged: make(chan struct{}, 1),
 		model: newModel(map[agentpb.WorkClass]int{
 			agentpb.WorkClass_WORK_CLASS_KEY:    cfg.KeyLimit,
 			agentpb.WorkClass_WORK_CLASS_DEPLOY: cfg.DeployLimit,
@@ -369,15 +380,18 @@ func (e *Engine) work(begin context.Context, entry *journal.Entry) (ev evFinishe
 		ev.result = &agentpb.Result{Id: ev.id, Attempt: ev.attempt, Outcome: &agentpb.Result_Deployed{Deployed: done}}
 		return ev
 	}
-	sem := e.depSem
-	if a.GetKey() != nil {
+	sem, cost := e.depSem, int64(1)
+	if k := a.GetKey(); k != nil {
 		sem = e.keySem
+		if strings.HasPrefix(strings.ToLower(k.GetKeyAlgorithm()), "rsa") {
+			cost = rsaCost
+		}
 	}
-	if err := sem.Acquire(begin, 1); err != nil {
+	if err := sem.Acquire(begin, cost); err != nil {
 		fail(fault.Wrap(fault.Retryable, context.Cause(begin), "it was stopped before it began"))
 		return ev
 	}
-	defer sem.Release(1)
+	defer sem.Release(cost)
 	if k := a.GetKey(); k != nil {
 		csr, spki, err := e.makeKey(k)
 		if err != nil {
@@ -413,12 +427,22 @@ func (e *Engine) makeKey(k *agentpb.KeyWork) (csr, spki []byte, err error) {
 // journalReceipt stores the receipt of a running installation; nothing may be committed unless it returns nil.
 func (e *Engine) journalReceipt(id string, attempt int64, r target.Receipt) error {
 	e.mu.Lock()
-	defer e.mu.Unlock()
 	en := e.model.staged(id, attempt, []byte(r))
+	e.mu.Unlock()
 	if en == nil {
 		return fault.New(fault.Conflict, "the assignment is no longer open")
 	}
-	return e.cfg.Journal.Put(en)
+	// Without e.mu, so that the fsyncs of many installations overlap.
+	if err := e.cfg.Journal.Put(en); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if it := e.model.items[id]; it != nil && it.entry != en {
+		// A later attempt took the entry over, receipt and all, and its own store may have come before ours.
+		return e.cfg.Journal.Put(it.entry)
+	}
+	return nil
 }
 
 func (e *Engine) progress(id string, attempt int64, what string) {

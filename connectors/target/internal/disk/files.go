@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/certmesh/certmesh/protocol/fault"
@@ -32,6 +33,8 @@ func (s *Store) stageFiles(ctx context.Context, data [][]byte) (_ Receipt, err e
 		if err := alive(ctx); err != nil {
 			return r, err
 		}
+		// The last file of a directory syncs its names for all.
+		more := slices.ContainsFunc(s.cfg.Slots[i+1:], func(o Slot) bool { return filepath.Dir(o.Path) == filepath.Dir(sl.Path) })
 		base := filepath.Base(sl.Path)
 		d, err := s.access(filepath.Dir(sl.Path), sl.Field)
 		if err != nil {
@@ -58,6 +61,9 @@ func (s *Store) stageFiles(ctx context.Context, data [][]byte) (_ Receipt, err e
 				if err := d.create(backupName(base, tag), old.data, rightsOf(old)); err != nil {
 					return trouble(err, sl.Field, "%s cannot be backed up beside it", sl.Path)
 				}
+			}
+			if more {
+				return nil
 			}
 			return trouble2(d.sync(), sl.Field, "the directory of %s cannot be synced", sl.Path)
 		}()
@@ -248,10 +254,16 @@ func restore(ps placings) error {
 }
 
 func syncAll(ps placings) error {
+	synced := map[string]bool{}
 	for _, p := range ps {
+		// Files mostly lie beside each other.
+		if synced[p.d.path] {
+			continue
+		}
 		if err := p.d.sync(); err != nil {
 			return err
 		}
+		synced[p.d.path] = true
 	}
 	return nil
 }
