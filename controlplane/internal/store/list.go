@@ -50,10 +50,10 @@ func (w *where) text() string {
 
 // pageQuery is a list without its page: the rows of one stretch of an index, in its order.
 //
-// The columns that the index begins with are compared as a range, (a, b) >= (x, y) AND (a, b) <= (x, y), and ordered by,
-// although equality says the same: only then is that index the only way to the order. A planner that knows a column to be
-// constant may as well walk the primary key until enough rows have the value, and where those with it lie at the other
-// end that is the whole table.
+// The first column that the index begins with is ordered by although it has one value, and on servers compared as an array of
+// one, a = ANY($1): only then is that index the only way to the order. A planner that knows a column to be constant may as
+// well walk the primary key until enough rows have the value, and where those with it lie at the other end that is the
+// whole table. Nor does a stretch end at a row comparison: PostgreSQL does not stop at one that a later column decides.
 type pageQuery struct {
 	// columns are what is selected of the table from.
 	columns, from string
@@ -72,10 +72,7 @@ type pageQuery struct {
 }
 
 // pin is a column and its value.
-type pin struct {
-	column string
-	value  any
-}
+type pin struct{ column, value string }
 
 // branch is one of several stretches: what it adds to the query.
 type branch struct {
@@ -95,14 +92,14 @@ func readPage[T any](t *tx, q pageQuery, size int, after []any, scan func(scanne
 		w = &where{}
 	}
 	if len(q.branches) > 0 {
-		return collect(t, q.merged(w, size, after), w.args, scan)
+		return collect(t, q.merged(w, size, after, t.s.d), w.args, scan)
 	}
-	q.stretch(w, after)
+	q.stretch(w, after, t.s.d)
 	return collect(t, "SELECT "+q.columns+" FROM "+q.from+w.text()+q.order(true)+" LIMIT "+w.arg(size+1), w.args, scan)
 }
 
 // merged composes the keys of all branches, of which the first are taken, and reads the rows of those alone.
-func (q pageQuery) merged(w *where, size int, after []any) string {
+func (q pageQuery) merged(w *where, size int, after []any, d *dialect) string {
 	table, _, _ := strings.Cut(q.key, ".")
 	sorted := q.by
 	if sorted == "" {
@@ -120,7 +117,7 @@ func (q pageQuery) merged(w *where, size int, after []any) string {
 		if b.term != "" {
 			w.and(b.term, b.args...)
 		}
-		part.stretch(w, after)
+		part.stretch(w, after, d)
 		name := "h" + strconv.Itoa(i)
 		head := "SELECT " + name + ".k, " + name + ".s FROM (SELECT " + q.key + " AS k, " + sorted + " AS s FROM " + part.from + w.text()
 		if !b.few {
@@ -135,53 +132,45 @@ func (q pageQuery) merged(w *where, size int, after []any) string {
 }
 
 // stretch adds the conditions that bound the index's columns.
-func (q pageQuery) stretch(w *where, after []any) {
-	var columns []string
-	var values []any
-	for _, p := range q.lead {
-		columns, values = append(columns, p.column), append(values, p.value)
+func (q pageQuery) stretch(w *where, after []any, d *dialect) {
+	for i, p := range q.lead {
+		if i == 0 && d.arrays {
+			w.and(p.column+" = ANY(?)", []string{p.value})
+			continue
+		}
+		w.and(p.column+" = ?", p.value)
 	}
-	ordered := []string{q.key}
+	low, high, keys := q.low, q.high, []string{q.key}
 	if q.by != "" {
-		ordered = []string{q.by, q.key}
-	}
-	beside := func(more ...any) []any { return slices.Concat(values, more) }
-	low, high := []any(nil), []any(nil)
-	lower, upper := " >= ", " <= "
-	if len(columns) > 0 {
-		low, high = values, values
-	}
-	if q.low != nil {
-		low = beside(q.low)
-	}
-	if q.high != nil {
-		high, upper = beside(q.high), " < "
+		keys = []string{q.by, q.key}
 	}
 	switch {
-	case after == nil:
-	case q.newest:
-		high, upper = beside(after...), " < "
-	default:
-		low, lower = beside(after...), " > "
+	case after != nil && q.newest:
+		w.tuple(keys, " < ", after)
+		high = nil
+	case after != nil:
+		w.tuple(keys, " > ", after)
+		low = nil
 	}
-	columns = append(columns, ordered...)
-	w.tuple(columns, lower, low)
-	w.tuple(columns, upper, high)
+	if low != nil {
+		w.and(keys[0]+" >= ?", low)
+	}
+	if high != nil {
+		w.and(keys[0]+" < ?", high)
+	}
 }
 
-// tuple compares the first of columns with values; none adds nothing.
+// tuple compares columns with as many values.
 func (w *where) tuple(columns []string, compare string, values []any) {
 	marks := make([]string, len(values))
 	for i, v := range values {
 		marks[i] = w.arg(v)
 	}
-	switch columns = columns[:len(values)]; len(columns) {
-	case 0:
-	case 1:
+	if len(columns) == 1 {
 		w.terms = append(w.terms, columns[0]+compare+marks[0])
-	default:
-		w.terms = append(w.terms, "("+strings.Join(columns, ", ")+")"+compare+"("+strings.Join(marks, ", ")+")")
+		return
 	}
+	w.terms = append(w.terms, "("+strings.Join(columns, ", ")+")"+compare+"("+strings.Join(marks, ", ")+")")
 }
 
 // order is the ORDER BY, with the columns that the index begins with or, for rows that are found already, without.

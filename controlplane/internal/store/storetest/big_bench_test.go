@@ -24,7 +24,7 @@ const (
 )
 
 // BenchmarkBigTables measures what an operator and the duties wait for when the tables are large: the first and the
-// ten-thousandth page of each declared list (of a shorter list, the page at its middle), a batch of 1,000 due renewals, and
+// ten-thousandth page of each declared list (of a shorter list, the page at its middle) and its last rows, a batch of 1,000 due renewals, and
 // the counts of the estate, at a thousand certificates and at a million with three jobs of history for each. Of each 100
 // are measured, one at a time. Every deep page is first compared with a plain query. It ends with a table in Markdown.
 func BenchmarkBigTables(b *testing.B) {
@@ -108,20 +108,20 @@ func measureBig(b *testing.B, e Engine, rows int, report func(measured)) {
 	report(next)
 	report(counts)
 	for _, c := range listCases(big) {
-		cursor, note := big.deep(b, w.S, c)
-		for _, after := range []string{"", cursor} {
+		cursor, last, note := big.deep(b, w.S, c)
+		for i, after := range []string{"", cursor, last} {
+			if after == "" && i > 0 {
+				break
+			}
 			m := timed(b, func() error {
 				_, _, err := c.page(ctx, w.S, bigPage, after)
 				return err
 			})
-			m.what, m.list = c.name+", first", true
-			if after != "" {
-				m.what, m.note = c.name+", deep", note
+			m.what, m.list = c.name+", "+[]string{"first", "deep", "last"}[i], true
+			if i == 1 {
+				m.note = note
 			}
 			report(m)
-			if cursor == "" {
-				break
-			}
 		}
 	}
 }
@@ -144,35 +144,39 @@ func timed(b *testing.B, fn func() error) measured {
 	return measured{p50: took[len(took)/2], p99: took[len(took)*99/100]}
 }
 
-// deep is the cursor of the deepest page that is looked at, and a note where that is not the ten-thousandth; the page is
-// compared with what a plain query finds there. A list without a second page has none.
-func (g big) deep(b *testing.B, s *store.Store, c listCase) (cursor, note string) {
+// deep is the cursor of the deepest page that is looked at, with a note where that is not the ten-thousandth, and last that of
+// the last rows, which are fewer than a page, so that the end of the list is read as well. Both are compared with what a
+// plain query finds there. A list without a second page has neither.
+func (g big) deep(b *testing.B, s *store.Store, c listCase) (deep, last, note string) {
 	b.Helper()
-	from := " FROM " + c.table + " WHERE " + c.where
-	all := g.one(b, "SELECT COUNT(*)"+from)
+	all := g.one(b, "SELECT COUNT(*) FROM "+c.table+" WHERE "+c.where)
 	page := deepPage
 	if all <= deepPage*bigPage {
 		page = max(all/2/bigPage, 1)
 		note = fmt.Sprintf(" (%d)", page)
 	}
-	before := (page - 1) * bigPage
-	if before == 0 {
-		return "", note
+	if page == 1 {
+		return "", "", note
 	}
-	limit := fmt.Sprintf(" ORDER BY %s LIMIT %d OFFSET %d", c.order, bigPage+1, before-1)
-	want := column(b, g.db, "SELECT "+c.key+" || ' ' || id"+from+limit)
+	return g.cursor(b, s, c, (page-1)*bigPage), g.cursor(b, s, c, all-bigPage/2), note
+}
+
+// cursor is what leads to the rows after the first n of a list.
+func (g big) cursor(b *testing.B, s *store.Store, c listCase, n int) string {
+	b.Helper()
+	want := column(b, g.db, fmt.Sprintf("SELECT %s || ' ' || id FROM %s WHERE %s ORDER BY %s LIMIT %d OFFSET %d", c.key, c.table, c.where, c.order, bigPage+1, n-1))
 	key, _, _ := strings.Cut(want[0], " ")
 	want = want[1:]
 	for i := range want {
 		_, want[i], _ = strings.Cut(want[i], " ")
 	}
-	cursor = base64.RawURLEncoding.EncodeToString([]byte(c.table + "/" + c.By() + "/" + c.Sort() + "/" + key))
+	cursor := base64.RawURLEncoding.EncodeToString([]byte(c.table + "/" + c.By() + "/" + c.Sort() + "/" + key))
 	got, _, err := c.page(context.WithoutCancel(b.Context()), s, bigPage, cursor)
 	if err != nil {
 		b.Fatalf("%s: %v", c.name, err)
 	}
 	if !slices.Equal(got, want) {
-		b.Fatalf("%s: page %d is %q and not %q", c.name, page, got, want)
+		b.Fatalf("%s: after %d rows there are %q and not %q", c.name, n, got, want)
 	}
-	return cursor, note
+	return cursor
 }
