@@ -106,7 +106,10 @@ type State struct {
 	credits [Classes]int
 	// items are sorted by job id, which is by age.
 	items []*item
-	asks  []*ask
+	// served is when each owner was last given work, counted in turns; bounded by maxServed.
+	served map[string]int64
+	turns  int64
+	asks   []*ask
 
 	// loads counts Load effects; loading: one is out. loadAt is when the next is due, zero: none is.
 	loads     int64
@@ -421,6 +424,7 @@ func (m *machine) pump() {
 	if !m.loading && !m.loadAt.IsZero() {
 		soonest(m.loadAt)
 	}
+	var ready [Classes][]*item
 	for _, it := range m.items {
 		switch {
 		case it.phase == given && !it.busy && len(it.reports) > 0 && m.at.Before(it.notBefore):
@@ -435,11 +439,12 @@ func (m *machine) pump() {
 			case m.at.Before(t):
 				soonest(t)
 			case m.credits[c] > 0:
-				m.credits[c]--
-				it.phase = raising
-				m.do(Raise{domain.Dispatch{JobID: it.work.Job.ID, AgentID: m.agentID, Attempt: it.work.Job.Attempt, Epoch: m.epoch, At: m.at}})
+				ready[c] = append(ready[c], it)
 			}
 		}
+	}
+	for c, items := range ready {
+		m.give(Class(c), items)
 	}
 	for _, a := range m.asks {
 		if !a.busy && m.at.Before(a.notBefore) {
@@ -449,6 +454,44 @@ func (m *machine) pump() {
 	if !next.Equal(m.wait) {
 		m.wait = next
 		m.do(Wait{Until: next})
+	}
+}
+
+// maxServed bounds what is remembered of turns. Forgetting them costs an owner one turn.
+const maxServed = 4096
+
+// give spends the credits of a class on items, which are runnable and by age: owners take turns, the one that was served
+// longest ago first, and within an owner the oldest. So a hundred thousand jobs of one owner delay another's by one.
+func (m *machine) give(c Class, items []*item) {
+	lanes := map[string][]*item{}
+	var owners []string // by their oldest item
+	for _, it := range items {
+		o := it.work.Owner
+		if lanes[o] == nil {
+			owners = append(owners, o)
+		}
+		lanes[o] = append(lanes[o], it)
+	}
+	for m.credits[c] > 0 && len(owners) > 0 {
+		first := 0
+		for i, o := range owners {
+			if m.served[o] < m.served[owners[first]] {
+				first = i
+			}
+		}
+		o := owners[first]
+		it := lanes[o][0]
+		if lanes[o] = lanes[o][1:]; len(lanes[o]) == 0 {
+			owners = slices.Delete(owners, first, first+1)
+		}
+		if m.served == nil || len(m.served) > maxServed {
+			m.served = map[string]int64{}
+		}
+		m.turns++
+		m.served[o] = m.turns
+		m.credits[c]--
+		it.phase = raising
+		m.do(Raise{domain.Dispatch{JobID: it.work.Job.ID, AgentID: m.agentID, Attempt: it.work.Job.Attempt, Epoch: m.epoch, At: m.at}})
 	}
 }
 

@@ -1,6 +1,7 @@
 package dispatch
 
 import (
+	"fmt"
 	"maps"
 	"slices"
 	"testing"
@@ -143,6 +144,57 @@ func TestOldestFirstWithinCredits(t *testing.T) {
 	if c := w.state.Credits(); c != both(0) {
 		t.Fatalf("credits left: %v", c)
 	}
+}
+
+// TestOwnersTakeTurns: with k owners waiting, each is served within k credits, however many jobs the others have, and
+// each owner's jobs go out by age.
+func TestOwnersTakeTurns(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(t *rapid.T) {
+		owners := rapid.IntRange(1, 6).Draw(t, "owners")
+		waiting := map[string][]string{}
+		var work []domain.Work
+		for i := range rapid.IntRange(1, 60).Draw(t, "jobs") {
+			o := fmt.Sprint("owner", rapid.IntRange(0, owners-1).Draw(t, "owner"))
+			j := domain.Job{ID: fmt.Sprintf("job_%04d", i), Kind: domain.JobRenewal, State: domain.JobAwaitingCSR, AgentID: testAgent}
+			work = append(work, domain.Work{Job: j, Owner: o})
+			waiting[o] = append(waiting[o], j.ID)
+		}
+		at := time.Unix(1_800_000_000, 0)
+		s, effects := Step(State{}, Opened{AgentID: testAgent, Epoch: 1, Work: work, At: at})
+		since := map[string]int{}
+		for range work {
+			var more []Effect
+			if s, more = Step(s, Granted{Class: Key, Amount: 1, At: at}); len(more) == 0 {
+				t.Fatal("a credit was not spent while jobs wait")
+			}
+			effects = more
+			for _, f := range effects {
+				raise, ok := f.(Raise)
+				if !ok {
+					continue
+				}
+				for o, ids := range waiting {
+					if len(ids) == 0 || ids[0] != raise.Dispatch.JobID {
+						continue
+					}
+					waiting[o], since[o] = ids[1:], 0
+					for other, ids := range waiting {
+						if other != o && len(ids) > 0 {
+							if since[other]++; since[other] >= owners {
+								t.Fatalf("%s waits while %d others were served", other, since[other])
+							}
+						}
+					}
+				}
+			}
+		}
+		for o, ids := range waiting {
+			if len(ids) > 0 {
+				t.Fatalf("jobs of %s were not given, or not by age: %v", o, ids)
+			}
+		}
+	})
 }
 
 // TestEveryRunnableJobIsDispatched: with credits for all, all go out at once.

@@ -43,6 +43,8 @@ type Work struct {
 	IssuerID, IssuerKind string
 	Profile              Profile
 	Policy               Policy
+	// Owner is the certificate's: what is scarce is shared between owners in turns.
+	Owner string
 	// Deployment: the version to install (the leaf's current one) and where.
 	Version Version
 	Target  Target

@@ -13,6 +13,7 @@ package issue
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"log/slog"
 	"runtime"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/certmesh/certmesh/controlplane/internal/ca"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/fair"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/controlplane/internal/renew"
 	"github.com/certmesh/certmesh/protocol/fault"
@@ -88,7 +90,9 @@ type Config struct {
 
 // Pipeline issues. It is safe for concurrent use and holds no state about any certificate.
 type Pipeline struct {
-	cfg     Config
+	cfg Config
+	// gate lets requests in, owners in turns; cpu is taken inside for what computes.
+	gate    *fair.Gate
 	cpu     chan struct{}
 	issued  *prometheus.CounterVec
 	seconds prometheus.Histogram
@@ -97,6 +101,14 @@ type Pipeline struct {
 // maxDraws is how many serial numbers are tried: of 159 random bits even a second is never needed, unless randomness
 // itself is broken.
 const maxDraws = 3
+
+// inside is how many requests are worked on at once: enough for a full batch of each of the store's two transactions and for
+// the next ones to be computed meanwhile. Beyond it the gate decides who is next, and not the store's queue, which knows no
+// owners. waiting bounds the memory of those before the gate, about 4 KiB each; their agents' credits bound them sooner.
+const (
+	inside  = 256
+	waiting = 20_000
+)
 
 // New checks cfg and makes a Pipeline.
 func New(cfg Config) (*Pipeline, error) {
@@ -107,7 +119,8 @@ func New(cfg Config) (*Pipeline, error) {
 		cfg.NewID = id.New
 	}
 	p := &Pipeline{
-		cfg: cfg,
+		cfg:  cfg,
+		gate: fair.NewGate(inside, waiting, waiting),
 		// Waiting here costs a request's memory; more at once would only slow each down.
 		cpu: make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -161,6 +174,14 @@ func (p *Pipeline) issue(ctx context.Context, r Request) (out Outcome, repeated 
 	if j.Kind != domain.JobIssuance && j.Kind != domain.JobRenewal {
 		return Outcome{}, false, fault.New(fault.Internal, "job %s is a %s and takes no certificate request", j.ID, j.Kind)
 	}
+	leave, err := p.gate.Enter(ctx, r.Work.Owner)
+	if errors.Is(err, fair.ErrFull) {
+		return Outcome{}, false, fault.Wrap(fault.Retryable, err, "the node issues as fast as it can, and %d requests wait", waiting)
+	}
+	if err != nil {
+		return Outcome{}, false, fmt.Errorf("wait for the pipeline: %w", err)
+	}
+	defer leave()
 	release, err := p.enter(ctx)
 	if err != nil {
 		return Outcome{}, false, err

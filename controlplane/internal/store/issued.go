@@ -108,7 +108,16 @@ func (s *Store) issueAll(ctx context.Context, items []domain.Issued) ([]domain.I
 				return err
 			}
 		}
-		return t.deployIssued(items, good, before, outs, &drawn)
+		if err := t.deployIssued(items, good, before, outs, &drawn); err != nil {
+			return err
+		}
+		for i := range outs {
+			owner := leaves[leafID{items[i].Version.CertificateID, items[i].Version.AgentID}].owner
+			for n := range outs[i].Deployments {
+				outs[i].Deployments[n].Owner = owner
+			}
+		}
+		return nil
 	})
 	return outs, err
 }

@@ -206,6 +206,10 @@ func (t *tx) work(jobs []domain.Job) ([]domain.Work, error) {
 	if err != nil {
 		return nil, err
 	}
+	owners, err := t.owners(keys)
+	if err != nil {
+		return nil, err
+	}
 	work := make([]domain.Work, 0, len(jobs))
 	for _, j := range jobs {
 		w := domain.Work{Job: j}
@@ -215,7 +219,7 @@ func (t *tx) work(jobs []domain.Job) ([]domain.Work, error) {
 				continue
 			}
 			w.Names, w.KeyAlgorithm, w.Profile, w.Policy = o.names, o.profile.KeyAlgorithm, o.profile, o.policy
-			w.IssuerID, w.IssuerKind = o.issuerID, o.issuerKind
+			w.IssuerID, w.IssuerKind, w.Owner = o.issuerID, o.issuerKind, o.owner
 		} else {
 			var hasTarget, hasVersion bool
 			w.Target, hasTarget = byTarget[j.TargetID]
@@ -223,15 +227,36 @@ func (t *tx) work(jobs []domain.Job) ([]domain.Work, error) {
 			if !hasTarget || !hasVersion {
 				continue
 			}
+			w.Owner = owners[j.CertificateID]
 		}
 		work = append(work, w)
 	}
 	return work, nil
 }
 
+// owners reads whose the certificates are.
+func (t *tx) owners(keys []generationKey) (map[string]string, error) {
+	ids := make([]string, len(keys))
+	for i, k := range keys {
+		ids[i] = k.certificateID
+	}
+	found := make(map[string]string, len(ids))
+	err := certificateChunks(ids, func(ids []string) error {
+		in, args := inList(1, ids)
+		return t.each("SELECT certificate.id, certificate.owner FROM certificate WHERE certificate.id IN "+in, args, func(scan func(...any) error) error {
+			var id, owner string
+			err := scan(&id, &owner)
+			found[id] = owner
+			return err
+		})
+	})
+	return found, err
+}
+
 type order struct {
 	names                domain.Names
 	issuerID, issuerKind string
+	owner                string
 	profile              domain.Profile
 	policy               domain.Policy
 }
@@ -243,13 +268,13 @@ func (t *tx) orders(ids []string) (map[string]order, error) {
 	found := make(map[string]order, len(ids))
 	err := chunks(ids, func(ids []string) error {
 		in, args := inList(1, ids)
-		err := t.each("SELECT "+profileColumns+`, certificate.id, certificate.common_name, certificate.policy, issuer.id, issuer.kind
+		err := t.each("SELECT "+profileColumns+`, certificate.id, certificate.common_name, certificate.policy, certificate.owner, issuer.id, issuer.kind
 FROM certificate JOIN profile ON profile.id = certificate.profile_id JOIN issuer ON issuer.id = certificate.issuer_id
 WHERE certificate.id IN `+in, args, func(scan func(...any) error) error {
 			var id, policy string
 			var o order
 			var p profileRow
-			err := scan(append(p.dest(), &id, &o.names.CommonName, &policy, &o.issuerID, &o.issuerKind)...)
+			err := scan(append(p.dest(), &id, &o.names.CommonName, &policy, &o.owner, &o.issuerID, &o.issuerKind)...)
 			if err != nil {
 				return err
 			}

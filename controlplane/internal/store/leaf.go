@@ -22,6 +22,7 @@ type leafState struct {
 	leaf   domain.Leaf
 	status domain.CertificateStatus
 	policy domain.Policy
+	owner  string
 	agent  domain.AgentState
 }
 
@@ -51,14 +52,14 @@ func (t *tx) leafStates(keys []leafID) (map[leafID]leafState, error) {
 			v.add(k.certificateID, k.agentID)
 		}
 		// The agent's state by a subquery: joined, it tempts a planner without statistics to read all leaves of an agent.
-		return t.each(v.with()+" SELECT "+leafColumns+`, certificate.status, certificate.policy,
+		return t.each(v.with()+" SELECT "+leafColumns+`, certificate.status, certificate.policy, certificate.owner,
  (SELECT agent.state FROM agent WHERE agent.id = leaf.agent_id)
 FROM v JOIN leaf ON leaf.certificate_id = v.c AND leaf.agent_id = v.a
 JOIN certificate ON certificate.id = leaf.certificate_id`, v.args, func(scan func(...any) error) error {
 			var l leafRow
 			var s leafState
 			var policy string
-			if err := scan(append(l.dest(), &s.status, &policy, &s.agent)...); err != nil {
+			if err := scan(append(l.dest(), &s.status, &policy, &s.owner, &s.agent)...); err != nil {
 				return err
 			}
 			if err := fromJSON(policy, &s.policy); err != nil {
