@@ -28,6 +28,7 @@ import (
 	"github.com/certmesh/certmesh/connectors/target"
 	"github.com/certmesh/certmesh/controlplane/internal/authz"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/fair"
 	"github.com/certmesh/certmesh/controlplane/internal/hub"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/protocol/fault"
@@ -177,6 +178,7 @@ type API struct {
 	calls *prometheus.HistogramVec
 	// strangers bounds the audit rows that callers without a key can cause by refused calls, refused those of others.
 	strangers, refused *rate.Limiter
+	changes            *fair.Gate
 	watchers           atomic.Int64
 	drain              chan struct{}
 	drainOnce          sync.Once
@@ -228,13 +230,17 @@ func New(c Config) (*API, error) {
 		strangers: rate.NewLimiter(10, 50),
 		// A script that repeats a failing call; people do not come near it.
 		refused: rate.NewLimiter(50, 500),
+		changes: fair.NewGate(changesAtOnce, changesWaitingKey, changesWaiting),
 		drain:   make(chan struct{}),
 	}
 	if c.Metrics != nil {
 		watchers := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "certmesh", Subsystem: "api", Name: "watchers", Help: "Open Watch streams.",
 		}, func() float64 { return float64(a.watchers.Load()) })
-		for _, m := range []prometheus.Collector{a.calls, watchers} {
+		waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Namespace: "certmesh", Subsystem: "api", Name: "changes_waiting", Help: "Calls that wait for their turn to change something.",
+		}, func() float64 { _, n := a.changes.Load(); return float64(n) })
+		for _, m := range []prometheus.Collector{a.calls, watchers, waiting} {
 			if err := c.Metrics.Register(m); err != nil {
 				return nil, fault.Wrap(fault.Internal, err, "api: register metrics")
 			}

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"regexp"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/certmesh/certmesh/controlplane/internal/authz"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/fair"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/protocol/fault"
 )
@@ -28,6 +30,11 @@ const (
 	maxRequest = 1 << 20
 	// maxStreams bounds the calls in flight of one connection; a terminal uses two or three.
 	maxStreams = 128
+	// changesAtOnce is how many calls that change something run at the same time, enough to fill the commits they share. Of the
+	// others changesWaiting wait, changesWaitingKey of one API key; each costs some 20 KiB.
+	changesAtOnce, changesWaiting, changesWaitingKey = 256, 2000, 500
+	// busyDelay is what a caller beyond that is told to wait.
+	busyDelay = 2 * time.Second
 	// auditTimeout bounds the write of a refusal's audit row, which must not outlive a dead store.
 	auditTimeout = 3 * time.Second
 )
@@ -84,7 +91,11 @@ func (a *API) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo, ha
 		if err := a.check(req); err != nil {
 			return err
 		}
-		var err error
+		leave, err := a.turn(ctx, c)
+		if err != nil {
+			return err
+		}
+		defer leave()
 		answer, err = handle(ctx, req)
 		return err
 	})
@@ -181,6 +192,19 @@ func (a *API) admit(ctx context.Context, c *call) error {
 	return nil
 }
 
+// turn waits until a call that changes something may begin; API keys take turns. Reads never wait. A caller that is refused
+// has cost no transaction and is told when to come back.
+func (a *API) turn(ctx context.Context, c *call) (leave func(), err error) {
+	if need, _ := authz.PermissionOf(c.method); need == authz.Read {
+		return func() {}, nil
+	}
+	leave, err = a.changes.Enter(ctx, c.principal.KeyID)
+	if errors.Is(err, fair.ErrFull) {
+		return nil, fault.Limited(a.Clock.Now().Add(busyDelay), "this node is changing as much as it can; come back in %s", busyDelay)
+	}
+	return leave, err
+}
+
 func (a *API) check(m any) error {
 	msg, ok := m.(proto.Message)
 	if !ok {
@@ -193,7 +217,8 @@ func (a *API) check(m any) error {
 func (a *API) finish(ctx context.Context, c *call, err error, start time.Time) error {
 	need, _ := authz.PermissionOf(c.method)
 	denied := fault.Is(err, fault.Unauthorized) || fault.Is(err, fault.Forbidden)
-	if denied || err != nil && need != authz.Read {
+	// That a node was busy is in the metrics: a row for each would make it busier.
+	if denied || err != nil && need != authz.Read && !fault.Is(err, fault.RateLimited) {
 		a.auditRefusal(ctx, c, err, denied)
 	}
 	st := statusOf(ctx, err, c.requestID, a.Clock.Now())
