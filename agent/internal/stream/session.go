@@ -123,7 +123,8 @@ func (s *Session) Run(ctx context.Context, client agentpb.AgentServiceClient) En
 		return End{Err: fault.New(fault.Rejected, "the server began with something other than Welcome")}
 	}
 	end := End{Welcomed: s.cfg.Clock.Now(), Known: w.GetNodes()}
-	s.SetBeat(time.Duration(w.GetBeatIntervalMs()) * time.Millisecond)
+	// No SetBeat: what it signals would put the first beat, which is spread, a whole interval off, for all agents alike.
+	s.keepBeat(time.Duration(w.GetBeatIntervalMs()) * time.Millisecond)
 	if err := s.cfg.Handler.Welcomed(w, s.out); err != nil {
 		end.Err = err
 		return end
@@ -236,16 +237,20 @@ func (s *Session) stopTimers() {
 
 // SetBeat changes the beat interval; 0 is the default, and it is kept between a second and ten minutes.
 func (s *Session) SetBeat(d time.Duration) {
-	if d <= 0 {
-		d = defaultBeat
-	}
-	s.mu.Lock()
-	s.beat = min(max(d, minBeat), maxBeat)
-	s.mu.Unlock()
+	s.keepBeat(d)
 	select {
 	case s.rebeat <- struct{}{}:
 	default:
 	}
+}
+
+func (s *Session) keepBeat(d time.Duration) {
+	if d <= 0 {
+		d = defaultBeat
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.beat = min(max(d, minBeat), maxBeat)
 }
 
 func (s *Session) interval() time.Duration {

@@ -262,6 +262,29 @@ func TestStalledServer(t *testing.T) {
 	}
 }
 
+// TestFirstBeatIsSpread: agents that were welcomed together do not all beat one whole interval later.
+func TestFirstBeatIsSpread(t *testing.T) {
+	t.Parallel()
+	b := run(t, t.Context())
+	b.welcome(&agentpb.Welcome{Protocol: 1, BeatIntervalMs: 600_000})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := b.clk.BlockUntilContext(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	b.clk.Advance(10*time.Minute - time.Millisecond)
+	select {
+	case m := <-b.c.sent:
+		if m.GetBeat() == nil {
+			t.Errorf("sent %v", m)
+		}
+	case <-ctx.Done():
+		t.Error("the first beat waits for the whole interval")
+	}
+	close(b.c.recv)
+	b.wait(t)
+}
+
 func TestPoliteEnds(t *testing.T) {
 	t.Parallel()
 	t.Run("stop", func(t *testing.T) {
