@@ -534,11 +534,8 @@ func (m *machine) applied(v *agentpb.StateVersion) {
 	if !ok {
 		return
 	}
-	if sent.removed {
-		m.held = without(m.held, sent.key)
-	} else {
-		m.held = with(m.held, sent)
-	}
+	// What was removed is kept as such: should it come back on this stream, its number goes on from there.
+	m.held = with(m.held, sent)
 	if _, was := lookup(m.refused, sent.key); was {
 		m.refused = without(m.refused, sent.key)
 		m.do(ClearRefusal{Kind: sent.key.kind, Name: sent.key.name})
