@@ -60,8 +60,14 @@ var suites = []suite{
 	},
 	{
 		title: "Fairness and overload",
-		pkg:   "./e2e/bench/overload", bench: ".",
+		pkg:   "./controlplane/node", bench: "BenchmarkBurst|BenchmarkOverload|BenchmarkMalformed",
 		args: []string{"-benchtime=1x", "-timeout=10m"},
+		figures: []figure{
+			{what: "another owner's renewal beside a burst of orders, the slowest; SQLite", bench: "Burst/sqlite", unit: "max-ms", bar: "< 1,000 ms"},
+			{what: "the same, PostgreSQL", bench: "Burst/postgres", unit: "max-ms", bar: "< 1,000 ms"},
+			{what: "issuance beside malformed requests at full rate, to without; SQLite", bench: "Malformed/sqlite", unit: "ratio", bar: "≥ 0.8"},
+			{what: "the same, PostgreSQL", bench: "Malformed/postgres", unit: "ratio", bar: "≥ 0.8"},
+		},
 	},
 	{
 		title: "Streams",

@@ -92,10 +92,11 @@ type Config struct {
 type Pipeline struct {
 	cfg Config
 	// gate lets requests in, owners in turns; cpu is taken inside for what computes.
-	gate    *fair.Gate
-	cpu     chan struct{}
-	issued  *prometheus.CounterVec
-	seconds prometheus.Histogram
+	gate     *fair.Gate
+	careless careless
+	cpu      chan struct{}
+	issued   *prometheus.CounterVec
+	seconds  prometheus.Histogram
 }
 
 // maxDraws is how many serial numbers are tried: of 159 random bits even a second is never needed, unless randomness
@@ -174,6 +175,9 @@ func (p *Pipeline) issue(ctx context.Context, r Request) (out Outcome, repeated 
 	if j.Kind != domain.JobIssuance && j.Kind != domain.JobRenewal {
 		return Outcome{}, false, fault.New(fault.Internal, "job %s is a %s and takes no certificate request", j.ID, j.Kind)
 	}
+	if !p.careless.mayCheck(j.AgentID, p.cfg.Clock.Now()) {
+		return Outcome{}, false, fault.New(fault.Retryable, "agent %s sends too many bad certificate requests; the next is looked at in a moment", j.AgentID)
+	}
 	leave, err := p.gate.Enter(ctx, r.Work.Owner)
 	if errors.Is(err, fair.ErrFull) {
 		return Outcome{}, false, fault.Wrap(fault.Retryable, err, "the node issues as fast as it can, and %d requests wait", waiting)
@@ -189,6 +193,7 @@ func (p *Pipeline) issue(ctx context.Context, r Request) (out Outcome, repeated 
 	csr, err := ca.CheckCSR(r.CSR, r.Work.Names, r.Work.Profile)
 	release()
 	if err != nil {
+		p.careless.wasBad(j.AgentID, p.cfg.Clock.Now())
 		return Outcome{}, false, err
 	}
 	recorded, err := p.intend(ctx, r, csr)
