@@ -13,7 +13,6 @@ package issue
 import (
 	"context"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"log/slog"
 	"runtime"
@@ -24,7 +23,6 @@ import (
 
 	"github.com/certmesh/certmesh/controlplane/internal/ca"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
-	"github.com/certmesh/certmesh/controlplane/internal/fair"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/controlplane/internal/renew"
 	"github.com/certmesh/certmesh/protocol/fault"
@@ -90,9 +88,7 @@ type Config struct {
 
 // Pipeline issues. It is safe for concurrent use and holds no state about any certificate.
 type Pipeline struct {
-	cfg Config
-	// gate lets requests in, owners in turns; cpu is taken inside for what computes.
-	gate     *fair.Gate
+	cfg      Config
 	careless careless
 	cpu      chan struct{}
 	issued   *prometheus.CounterVec
@@ -103,14 +99,6 @@ type Pipeline struct {
 // itself is broken.
 const maxDraws = 3
 
-// inside is how many requests are worked on at once: enough for a full batch of each of the store's two transactions and for
-// the next ones to be computed meanwhile. Beyond it the gate decides who is next, and not the store's queue, which knows no
-// owners. waiting bounds the memory of those before the gate, about 4 KiB each; their agents' credits bound them sooner.
-const (
-	inside  = 256
-	waiting = 20_000
-)
-
 // New checks cfg and makes a Pipeline.
 func New(cfg Config) (*Pipeline, error) {
 	if cfg.Store == nil || cfg.Authority == nil || cfg.Clock == nil || cfg.Log == nil {
@@ -120,8 +108,7 @@ func New(cfg Config) (*Pipeline, error) {
 		cfg.NewID = id.New
 	}
 	p := &Pipeline{
-		cfg:  cfg,
-		gate: fair.NewGate(inside, waiting, waiting),
+		cfg: cfg,
 		// Waiting here costs a request's memory; more at once would only slow each down.
 		cpu: make(chan struct{}, 2*runtime.GOMAXPROCS(0)),
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -178,14 +165,6 @@ func (p *Pipeline) issue(ctx context.Context, r Request) (out Outcome, repeated 
 	if !p.careless.mayCheck(j.AgentID, p.cfg.Clock.Now()) {
 		return Outcome{}, false, fault.New(fault.Retryable, "agent %s sends too many bad certificate requests; the next is looked at in a moment", j.AgentID)
 	}
-	leave, err := p.gate.Enter(ctx, r.Work.Owner)
-	if errors.Is(err, fair.ErrFull) {
-		return Outcome{}, false, fault.Wrap(fault.Retryable, err, "the node issues as fast as it can, and %d requests wait", waiting)
-	}
-	if err != nil {
-		return Outcome{}, false, fmt.Errorf("wait for the pipeline: %w", err)
-	}
-	defer leave()
 	release, err := p.enter(ctx)
 	if err != nil {
 		return Outcome{}, false, err

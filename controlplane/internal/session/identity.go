@@ -281,7 +281,7 @@ func (s *Server) identityGap() time.Duration { return min(30*time.Second, s.cfg.
 // renew makes an identity for a stream's agent; st.mu is held.
 func (st *stream) renew(der []byte) {
 	s := st.s
-	s.store.do(func() {
+	s.store.do(ownWork, func() {
 		ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
 		defer cancel()
 		var chain [][]byte

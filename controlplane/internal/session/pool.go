@@ -7,14 +7,20 @@ import (
 
 	"github.com/certmesh/certmesh/controlplane/internal/dispatch"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
+	"github.com/certmesh/certmesh/controlplane/internal/fair"
 )
 
-// pool runs functions, at most so many at once, in the order they came; idle it has no goroutine.
+// ownWork is the lane of what the server does for all: loads, flushes, trails. Agents' reports to the store have a lane for
+// each agent, requests to the issuer one for each owner.
+const ownWork = ""
+
+// pool runs functions, at most so many at once. Those that wait stand in lanes, which take turns; within a lane they run in
+// the order they came. Idle it has no goroutine.
 type pool struct {
 	most int
 
 	mu      sync.Mutex
-	queue   []func()
+	queue   fair.Queue[func()]
 	running int
 	idle    chan struct{} // closed when nothing runs; nil: nobody waits
 }
@@ -22,11 +28,11 @@ type pool struct {
 func newPool(most int) *pool { return &pool{most: most} }
 
 // do runs f soon; it never blocks. f contains its own panics.
-func (p *pool) do(f func()) {
+func (p *pool) do(lane string, f func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.running >= p.most {
-		p.queue = append(p.queue, f)
+		p.queue.Push(lane, f)
 		return
 	}
 	p.running++
@@ -43,12 +49,7 @@ func (p *pool) run(f func()) {
 func (p *pool) next() func() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if len(p.queue) > 0 {
-		f := p.queue[0]
-		p.queue[0] = nil
-		if p.queue = p.queue[1:]; len(p.queue) == 0 {
-			p.queue = nil
-		}
+	if f, ok := p.queue.Pop(); ok {
 		return f
 	}
 	if p.running--; p.running == 0 && p.idle != nil {
@@ -105,7 +106,7 @@ func (l *loader) add(st *stream, verify bool) {
 	l.want = append(l.want, load{st, verify})
 	if l.running < loadersMax {
 		l.running++
-		l.s.store.do(l.run)
+		l.s.store.do(ownWork, l.run)
 	}
 }
 

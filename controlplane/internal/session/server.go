@@ -132,9 +132,10 @@ const (
 	// flushInterval is how often beats are written.
 	flushInterval = 10 * time.Second
 	// storeWorkers and issueWorkers bound what runs at once for all streams. The store commits up to a hundred callers
-	// together, so fewer would leave its batches short; the issuer bounds its own use of the CPU.
+	// together, so fewer would leave its batches short; the issuer bounds its own use of the CPU. Who waits for either
+	// waits here, where lanes take turns, and not in the store's queue.
 	storeWorkers = 256
-	issueWorkers = 64
+	issueWorkers = 256
 	// maxTasks is how many answers one stream may await before its messages are no longer read.
 	maxTasks = 512
 )
@@ -337,7 +338,7 @@ func (s *Server) Wake(agentID string) {
 	if len(streams) > 0 || s.cfg.RemoteWake == nil {
 		return
 	}
-	s.store.do(func() {
+	s.store.do(ownWork, func() {
 		ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
 		defer cancel()
 		holders, err := s.cfg.Store.SessionHolders(ctx, []string{agentID})
@@ -373,7 +374,7 @@ func (s *Server) Disconnect(agentID, reason string) {
 // PushState reads the agent's desired state and sends what is new of it.
 func (s *Server) PushState(agentID string) {
 	for _, st := range s.of(agentID) {
-		s.store.do(func() {
+		s.store.do(ownWork, func() {
 			ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
 			defer cancel()
 			all, err := s.desired(ctx, agentID, true)

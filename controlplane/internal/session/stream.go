@@ -152,7 +152,7 @@ func (st *stream) close() {
 // closeSession records that nobody holds the agent's stream any more, unless somebody took it over.
 func (st *stream) closeSession(epoch domain.Epoch) {
 	s := st.s
-	s.store.do(func() {
+	s.store.do(ownWork, func() {
 		ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
 		defer cancel()
 		err := contain(s.cfg.Log, "close a session", func() error {
@@ -531,7 +531,7 @@ func contain(log *slog.Logger, what string, f func() error) (err error) {
 
 // background runs a use of the store whose failure is only logged.
 func (s *Server) background(what string, f func(ctx context.Context) error) {
-	s.store.do(func() {
+	s.store.do(ownWork, func() {
 		ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
 		defer cancel()
 		if err := contain(s.cfg.Log, what, func() error { return f(ctx) }); err != nil {

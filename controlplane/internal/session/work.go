@@ -30,7 +30,7 @@ func (st *stream) workEffect(f dispatch.Effect) {
 		s.loads.add(st, f.Verify)
 	case dispatch.Raise:
 		d := f.Dispatch
-		st.task(s.store, "dispatch", func(ctx context.Context) (dispatch.Event, error) {
+		st.task(s.store, st.who.agentID, "dispatch", func(ctx context.Context) (dispatch.Event, error) {
 			err := db.Dispatch(ctx, []domain.Dispatch{d})[0]
 			if err == nil {
 				s.cfg.Hub.Publish(hub.Notice{Kind: hub.Jobs, ID: d.JobID})
@@ -42,7 +42,7 @@ func (st *stream) workEffect(f dispatch.Effect) {
 	case dispatch.Accept:
 		a := f.Acceptance
 		ref := domain.JobRef{JobID: a.JobID, Attempt: a.Attempt}
-		st.task(s.store, "accept", func(ctx context.Context) (dispatch.Event, error) {
+		st.task(s.store, st.who.agentID, "accept", func(ctx context.Context) (dispatch.Event, error) {
 			err := db.Accept(ctx, []domain.Acceptance{a})[0]
 			if err == nil {
 				s.cfg.Hub.Publish(hub.Notice{Kind: hub.Jobs, ID: a.JobID})
@@ -54,7 +54,7 @@ func (st *stream) workEffect(f dispatch.Effect) {
 	case dispatch.Complete:
 		r := f.Result
 		ref := domain.JobRef{JobID: r.JobID, Attempt: r.Attempt}
-		st.task(s.store, "complete", func(ctx context.Context) (dispatch.Event, error) {
+		st.task(s.store, st.who.agentID, "complete", func(ctx context.Context) (dispatch.Event, error) {
 			o := db.CompleteDeployments(ctx, []domain.DeployResult{r})[0]
 			if o.Err == nil {
 				s.changed(r.JobID, o.Settlement.CertificateID)
@@ -65,7 +65,7 @@ func (st *stream) workEffect(f dispatch.Effect) {
 		x := f.Failure
 		x.Jitter = rand.Float64() //nolint:gosec // spreads retries, guards nothing
 		ref := domain.JobRef{JobID: x.JobID, Attempt: x.Attempt}
-		st.task(s.store, "fail", func(ctx context.Context) (dispatch.Event, error) {
+		st.task(s.store, st.who.agentID, "fail", func(ctx context.Context) (dispatch.Event, error) {
 			o := db.FailJobs(ctx, []domain.Failure{x})[0]
 			if o.Err == nil {
 				s.cfg.Log.Warn("assignment failed", "agent_id", st.who.agentID, "job_id", x.JobID, "attempt", x.Attempt, "class", x.Class,
@@ -75,7 +75,7 @@ func (st *stream) workEffect(f dispatch.Effect) {
 			return dispatch.FailedDone{Ref: ref, Job: o.Job, Err: o.Err, At: s.now()}, o.Err
 		}, func(err error) dispatch.Event { return dispatch.FailedDone{Ref: ref, Err: err, At: s.now()} })
 	case dispatch.Inquire:
-		st.task(s.store, "inquire", func(ctx context.Context) (dispatch.Event, error) {
+		st.task(s.store, st.who.agentID, "inquire", func(ctx context.Context) (dispatch.Event, error) {
 			all, err := db.Settlements(ctx, st.who.agentID, []domain.JobRef{f.Ref})
 			ev := dispatch.Inquired{Ref: f.Ref, Err: err, At: s.now()}
 			if err == nil {
@@ -103,9 +103,9 @@ func (st *stream) workEffect(f dispatch.Effect) {
 }
 
 // task runs f in a pool and brings its answer back; broken makes the answer after a panic.
-func (st *stream) task(p *pool, what string, f func(ctx context.Context) (dispatch.Event, error), broken func(err error) dispatch.Event) {
+func (st *stream) task(p *pool, lane, what string, f func(ctx context.Context) (dispatch.Event, error), broken func(err error) dispatch.Event) {
 	st.tasks++
-	p.do(func() {
+	p.do(lane, func() {
 		timeout := storeTimeout
 		if p == st.s.issuing {
 			timeout = issueTimeout
@@ -126,7 +126,7 @@ func (st *stream) task(p *pool, what string, f func(ctx context.Context) (dispat
 func (st *stream) issue(f dispatch.Issue) {
 	s, j := st.s, f.Work.Job
 	ref := domain.JobRef{JobID: j.ID, Attempt: j.Attempt}
-	st.task(s.issuing, "issue", func(ctx context.Context) (dispatch.Event, error) {
+	st.task(s.issuing, f.Work.Owner, "issue", func(ctx context.Context) (dispatch.Event, error) {
 		o, err := s.cfg.Issue.Issue(ctx, issue.Request{Work: f.Work, CSR: f.CSR, RequestID: j.RequestID})
 		ev := dispatch.Issued{Ref: ref, Generation: o.Generation, Deployments: o.Deployments, Err: err, At: s.now()}
 		if err == nil {
