@@ -73,6 +73,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		Node: api.Node{ID: n.cfg.Node.ID, Version: n.opts.Version, Store: n.store.Dialect(), TrustDomain: n.trust.mesh.TrustDomain(),
 			StartedAt: n.clk.Now()},
 		Duties:  p.dutyStatus,
+		Changes: n.cfg.API.Changes, ChangesWaiting: n.cfg.API.ChangesWaiting,
 		Revoked: func(string) { p.duties.Trigger(duty.CRLGeneration) }}); err != nil {
 		return nil, err
 	}

@@ -165,6 +165,9 @@ type Config struct {
 	Log         *slog.Logger
 	Node        Node
 	Duties      func() []DutyStatus
+	// Changes is how many calls that change something are worked on at the same time, at least 1; 256 fill the commits that
+	// they share. ChangesWaiting more wait, a quarter of them of one API key; those beyond are refused.
+	Changes, ChangesWaiting int
 	// Revoked is called after certificates of an issuer were revoked, and after an issuer was made, so that its CRL is
 	// built anew. Optional.
 	Revoked func(issuerID string)
@@ -230,7 +233,7 @@ func New(c Config) (*API, error) {
 		strangers: rate.NewLimiter(10, 50),
 		// A script that repeats a failing call; people do not come near it.
 		refused: rate.NewLimiter(50, 500),
-		changes: fair.NewGate(changesAtOnce, changesWaitingKey, changesWaiting),
+		changes: fair.NewGate(c.Changes, (c.ChangesWaiting+waitingShare-1)/waitingShare, c.ChangesWaiting),
 		drain:   make(chan struct{}),
 	}
 	if c.Metrics != nil {

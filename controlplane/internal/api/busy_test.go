@@ -2,7 +2,9 @@ package api
 
 import (
 	"context"
+	"runtime"
 	"testing"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -51,5 +53,46 @@ func TestBusyNode(t *testing.T) {
 	leave()
 	if err := create(); err != nil {
 		t.Errorf("after the others: %v", err)
+	}
+}
+
+// TestChangesWaitInTurns: a key that has as many calls waiting as it may is refused, another key's call waits and is served.
+func TestChangesWaitInTurns(t *testing.T) {
+	t.Parallel()
+	r := newRig(t).estate(t)
+	second := r.addKey(t, "second", authz.Admin, time.Time{}, false)
+	r.changes = fair.NewGate(1, 2, 8)
+	leave, err := r.changes.Enter(context.Background(), "somebody")
+	if err != nil {
+		t.Fatal(err)
+	}
+	create := func(key string) error {
+		_, err := operatorpb.NewAgentsServiceClient(r.conn).CreateJoinToken(r.with(t, "Bearer "+key), &operatorpb.CreateJoinTokenRequest{})
+		return err
+	}
+	const calls = 5
+	answers := make(chan error, calls)
+	for range calls {
+		go func() { answers <- create(r.keys[authz.Admin]) }()
+	}
+	for range calls - 2 {
+		if err := <-answers; status.Code(err) != codes.ResourceExhausted {
+			t.Errorf("beyond its share a key's call got %v", err)
+		}
+	}
+	other := make(chan error, 1)
+	go func() { other <- create(second) }()
+	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+		if _, n := r.changes.Load(); n == 3 {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("%d wait", n)
+		}
+	}
+	leave()
+	for _, c := range []chan error{other, answers, answers} {
+		if err := <-c; err != nil {
+			t.Error(err)
+		}
 	}
 }

@@ -150,6 +150,7 @@ func newRig(t testing.TB) *rig {
 		Duties: func() []DutyStatus {
 			return []DutyStatus{{Name: "renewal", Interval: time.Minute, LastRun: start, LastError: "none of it", Epoch: 9}}
 		},
+		Changes: 256, ChangesWaiting: 2000,
 		Revoked: func(issuer string) {
 			r.mu.Lock()
 			defer r.mu.Unlock()

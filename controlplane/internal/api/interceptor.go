@@ -30,9 +30,8 @@ const (
 	maxRequest = 1 << 20
 	// maxStreams bounds the calls in flight of one connection; a terminal uses two or three.
 	maxStreams = 128
-	// changesAtOnce is how many calls that change something run at the same time, enough to fill the commits they share. Of the
-	// others changesWaiting wait, changesWaitingKey of one API key; each costs some 20 KiB.
-	changesAtOnce, changesWaiting, changesWaitingKey = 256, 2000, 500
+	// waitingShare of those that may wait to change something may be of one API key.
+	waitingShare = 4
 	// busyDelay is what a caller beyond that is told to wait.
 	busyDelay = 2 * time.Second
 	// auditTimeout bounds the write of a refusal's audit row, which must not outlive a dead store.

@@ -27,6 +27,7 @@ type Config struct {
 	Store     Store     `yaml:"store"`
 	Secrets   Secrets   `yaml:"secrets"`
 	Mesh      Mesh      `yaml:"mesh"`
+	API       API       `yaml:"api"`
 	PKI       PKI       `yaml:"pki"`
 	Scheduler Scheduler `yaml:"scheduler"`
 	Jobs      Jobs      `yaml:"jobs"`
@@ -66,6 +67,12 @@ type Mesh struct {
 	TrustDomain string        `yaml:"trust_domain" env:"CERTMESH_TRUST_DOMAIN" default:"certmesh.local" doc:"Trust domain of the SPIFFE ids. It cannot change once agents have joined."`
 	IdentityTTL time.Duration `yaml:"identity_ttl" env:"CERTMESH_IDENTITY_TTL" default:"168h" doc:"Validity of agents' and nodes' identities, 1m to 2160h; they are renewed at half of it."`
 	Handshakes  int           `yaml:"handshakes" env:"CERTMESH_MESH_HANDSHAKES" default:"64" doc:"Hellos and enrolments that are worked on at the same time; more Hellos wait, more enrolments are asked to come back."`
+}
+
+// API is what operators may ask of a node at the same time.
+type API struct {
+	Changes        int `yaml:"changes" env:"CERTMESH_API_CHANGES" default:"256" doc:"Calls that change something (orders, renewals, revocations and the like) that are worked on at the same time, 1 to 10000; more wait, and API keys take turns. Reads are not counted."`
+	ChangesWaiting int `yaml:"changes_waiting" env:"CERTMESH_API_CHANGES_WAITING" default:"2000" doc:"Such calls that may wait, 0 to 100000, a quarter of them of one API key; each costs some 20 KiB. Calls beyond it are refused with RESOURCE_EXHAUSTED and told when to come back."`
 }
 
 // PKI is what relying parties see of our own CAs.
@@ -239,6 +246,12 @@ func (c *Config) problems() []error {
 	}
 	if c.Mesh.Handshakes < 1 {
 		bad("mesh.handshakes", "must be 1 or more")
+	}
+	if c.API.Changes < 1 || c.API.Changes > 10_000 {
+		bad("api.changes", "%d is not between 1 and 10000", c.API.Changes)
+	}
+	if c.API.ChangesWaiting < 0 || c.API.ChangesWaiting > 100_000 {
+		bad("api.changes_waiting", "%d is not between 0 and 100000", c.API.ChangesWaiting)
 	}
 	if c.Store.MaxReaders < 1 || c.Store.MaxReaders > 64 {
 		bad("store.max_readers", "%d is not between 1 and 64", c.Store.MaxReaders)

@@ -70,14 +70,14 @@ func TestEveryProblemIsNamed(t *testing.T) {
 	_, err := Load(Sources{
 		File: write(t, "listen:\n  api: nowhere\nlog:\n  level: loud\npki:\n  public_url: ftp://x\n"),
 		Getenv: env(map[string]string{"CERTMESH_IDENTITY_TTL": "1s", "CERTMESH_STORE_MAX_READERS": "many",
-			"CERTMESH_SCHEDULER_RETRY_INTERVAL": "0s"}),
+			"CERTMESH_SCHEDULER_RETRY_INTERVAL": "0s", "CERTMESH_API_CHANGES": "0", "CERTMESH_API_CHANGES_WAITING": "-1"}),
 		Flags: map[string]string{"no.such": "1"},
 	})
 	if err == nil {
 		t.Fatal("accepted")
 	}
 	for _, key := range []string{"listen.api", "log.level", "pki.public_url", "mesh.identity_ttl", "store.max_readers",
-		"scheduler.retry_interval", "no.such"} {
+		"scheduler.retry_interval", "api.changes: 0", "api.changes_waiting: -1", "no.such"} {
 		if !strings.Contains(err.Error(), key) {
 			t.Errorf("%s is not named in: %v", key, err)
 		}
