@@ -46,8 +46,8 @@ func (a *App) certsCreate() *cobra.Command {
 		Use:   "create NAME",
 		Short: "Order a certificate and place it at targets",
 		Long: `Orders a certificate: the agent of each target makes a key that never leaves its host, the issuer signs, the agent
-installs it, reads it back and, where the target has a verify address, verifies by a handshake that it is served. NAME is what
-the certificate is called here; the names in it are given by --dns, --ip, --email, --uri and --cn.
+installs it, reads it back and, where the target has a verify address, verifies by a handshake that it is served.
+NAME is what the certificate is called here; the names in it are given by --dns, --ip, --email, --uri and --cn.
 
 With --wait the command ends when every placement serves the certificate, or holds it where it is not probed; progress is on
 standard error. With --request-id the order is safe to repeat: the same order under the same id answers the same
