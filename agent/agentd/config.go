@@ -64,7 +64,7 @@ type Config struct {
 	Kinds []target.Kind
 	// Facts describe the host; nil: they are gathered.
 	Facts *agentpb.Facts
-	// KeyLimit, DeployLimit and VerifyLimit are how many assignments of each class may be in work at once; 0: 64, 256 and 8.
+	// KeyLimit, DeployLimit and VerifyLimit are how many assignments of each class may be in work at once; 0: 16, 64 and 8.
 	KeyLimit, DeployLimit, VerifyLimit int
 
 	// InMemory keeps everything in memory; it is lost when Run returns. Memory does, and outlives Run.
@@ -106,9 +106,10 @@ func NewMemory() *Memory {
 
 const (
 	defaultRetention = 3
-	// A thousand renewals on one agent are a handful of batches: what waits for a service's reload holds a place too.
-	defaultKeyLimit    = 64
-	defaultDeployLimit = 256
+	// A thousand renewals on one agent are a handful of batches: what waits for a service's reload holds a place too. More in
+	// work at once would not be done sooner, and what comes next, perhaps another owner's, would wait for all of it.
+	defaultKeyLimit    = 16
+	defaultDeployLimit = 64
 	defaultVerifyLimit = 8
 	defaultPort        = "8444"
 
