@@ -263,7 +263,8 @@ func (c *Config) problems() []error {
 		}
 	}
 	walk(reflect.ValueOf(c).Elem(), "", func(key string, _ reflect.StructField, v reflect.Value) {
-		if d, ok := reflect.TypeAssert[time.Duration](v); ok && d <= 0 {
+		// Zero stands for never where that is possible at all.
+		if d, ok := reflect.TypeAssert[time.Duration](v); ok && (d < 0 || d == 0 && key != "jobs.verify_interval") {
 			bad(key, "must be above zero")
 		}
 	})

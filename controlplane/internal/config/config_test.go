@@ -131,3 +131,19 @@ func TestEverySettingIsDocumented(t *testing.T) {
 		envs[v.Env] = true
 	}
 }
+
+// TestNeverIsAnInterval: agents may be told not to look by themselves; no other interval may be nothing.
+func TestNeverIsAnInterval(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct{ key, value, want string }{
+		"never":            {"jobs.verify_interval", "0s", ""},
+		"negative":         {"jobs.verify_interval", "-1s", "jobs.verify_interval"},
+		"another interval": {"jobs.verify_timeout", "0s", "jobs.verify_timeout"},
+	} {
+		_, err := Load(Sources{Getenv: env(nil), Flags: map[string]string{c.key: c.value}})
+		switch {
+		case c.want == "" && err != nil, c.want != "" && (err == nil || !strings.Contains(err.Error(), c.want)):
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
