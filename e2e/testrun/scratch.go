@@ -12,16 +12,16 @@ import (
 // keys and sites to go there.
 const (
 	memory = "/dev/shm"
-	enough = 4 << 30
+	enough = 8 << 30
 )
 
 // scratch returns the environment for the tests and what removes their folder at the end. Nearly half of the tests' time is
 // waiting for disks to sync what is thrown away a second later: their files go into memory where there is enough of it, and
 // programs may run from there. Nothing is tested less: what a killed process had written survives it in either place. A
-// TMPDIR that is set stays.
+// TMPDIR or GOTMPDIR that is set stays.
 func scratch() (env []string, remove func(), err error) {
 	env, remove = os.Environ(), func() {}
-	if os.Getenv("TMPDIR") != "" || !roomy(memory) {
+	if os.Getenv("TMPDIR") != "" || os.Getenv("GOTMPDIR") != "" || !roomy(memory) {
 		return env, remove, nil
 	}
 	dir, err := os.MkdirTemp(memory, "certmesh-test")
@@ -38,8 +38,8 @@ func scratch() (env []string, remove func(), err error) {
 		remove()
 		return env, func() {}, nil
 	}
-	// What the compiler makes may well go to the disk.
-	return append(env, "TMPDIR="+dir, "GOTMPDIR="+os.TempDir()), remove, nil
+	// Not GOTMPDIR, which a test's own folder would follow; so what the compiler makes goes there too.
+	return append(env, "TMPDIR="+dir), remove, nil
 }
 
 // roomy reports whether dir has enough space.
