@@ -74,7 +74,7 @@ func (c comparison) git(ctx context.Context, args ...string) error {
 func (c comparison) benchstat(ctx context.Context, dir string, revisions []*revision) error {
 	args := []string{"run", "golang.org/x/perf/cmd/benchstat"}
 	for _, r := range revisions {
-		path := filepath.Join(dir, r.name)
+		path := filepath.Join(dir, r.name+".txt")
 		if err := os.WriteFile(path, r.text.Bytes(), 0o600); err != nil {
 			return err
 		}
