@@ -54,7 +54,7 @@ func TestDrift(t *testing.T) {
 	}
 	r.end()
 
-	start(t, cfg)
+	r = start(t, cfg)
 	s = f.next()
 	s.welcome()
 	if o := expect(s, observedOf); o.GetProblem() == nil {
@@ -65,6 +65,11 @@ func TestDrift(t *testing.T) {
 		t.Fatalf("%v", res)
 	}
 	s.settle(&agentpb.Settled{Id: res.GetId(), Attempt: 1, Outcome: agentpb.Settled_OUTCOME_OK, CertificateId: certID})
+	r.end()
+
+	start(t, cfg)
+	s = f.next()
+	s.welcome()
 	if o := expect(s, observedOf); o.GetProblem() != nil || string(o.GetInstalledFingerprint()) != string(want[:]) {
 		t.Errorf("observed %v", o)
 	}

@@ -83,7 +83,7 @@ func (e *Engine) deploy(begin, act context.Context, entry *journal.Entry) (*agen
 		// The list of held leaves is a convenience for recovery; the deployment is a fact.
 		e.cfg.Log.Warn("deployed leaf not stored beside its key", "certificate_id", d.work.GetCertificateId(), "err", err)
 	}
-	d.record()
+	d.record(proof)
 	out := &agentpb.Deployed{InstalledFingerprint: cur.Leaf[:]}
 	if !proof.Leaf.IsZero() {
 		out.ServedFingerprint, out.ServedUnixUs = proof.Leaf[:], proof.At.UnixMicro()
@@ -92,11 +92,13 @@ func (e *Engine) deploy(begin, act context.Context, entry *journal.Entry) (*agen
 	return out, nil
 }
 
-// record remembers what is there now, for Watch. An observation that was made before goes on being told until the next look.
-func (d *deployment) record() {
+// record remembers what is there now, for Watch. What was said to differ before is over, and the next stream tells so, should
+// the server have taken it after the deployment's result.
+func (d *deployment) record(proof target.Proof) {
 	p := &placed{spec: d.work.GetTarget(), certificateID: d.work.GetCertificateId(), generation: d.work.GetGeneration(), leaf: d.mat.Leaf()}
-	if was := d.e.shelf.get(p.spec.GetId()); was != nil && was.certificateID == p.certificateID && was.generation == p.generation {
-		p.said = was.said
+	if was := d.e.shelf.get(p.spec.GetId()); was != nil && was.said != nil && was.certificateID == p.certificateID && was.generation == p.generation {
+		p.said = &agentpb.Observed{TargetId: p.spec.GetId(), CertificateId: p.certificateID, Generation: p.generation,
+			InstalledFingerprint: bytesOf(p.leaf), ServedFingerprint: bytesOf(proof.Leaf), ObservedUnixUs: d.e.cfg.Now().UnixMicro()}
 	}
 	d.e.keep(p)
 }

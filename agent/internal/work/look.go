@@ -1,7 +1,6 @@
 package work
 
 import (
-	"bytes"
 	"context"
 	"time"
 
@@ -50,8 +49,11 @@ const unansweredMost = 3
 //
 //	                     nothing said, or "well"        said to differ
 //	as deployed          –                              tell that it ceased
-//	something else       tell                           tell if it differs differently
-//	nothing was seen     tell from the third in a row   tell from the third in a row, if that is new
+//	something else       tell                           tell
+//	nothing was seen     tell from the third in a row   tell from the third in a row
+//
+// What differs is told at every look, because the server may have had no use for it the last time (a deployment was open that
+// came to nothing, or the agent had much to tell).
 func decide(p *placed, f finding) (next *placed, say *agentpb.Observed) {
 	err := f.problem(p.leaf)
 	q := *p
@@ -72,10 +74,6 @@ func decide(p *placed, f finding) (next *placed, say *agentpb.Observed) {
 		return &q, nil
 	case err != nil:
 		o.Problem = FailureOf(err)
-		if differs && p.said.GetProblem().GetClass() == o.GetProblem().GetClass() &&
-			bytes.Equal(p.said.GetInstalledFingerprint(), o.GetInstalledFingerprint()) && bytes.Equal(p.said.GetServedFingerprint(), o.GetServedFingerprint()) {
-			return &q, nil
-		}
 	}
 	q.said = o
 	return &q, o

@@ -16,7 +16,7 @@ const (
 )
 
 // Watch looks by itself, every WatchInterval, at each target that a deployment left a certificate at, and tells the server
-// when what is there begins to differ from that, differs differently, or ceases to differ. It returns when ctx ends.
+// while what is there differs from that, and when it ceases to. It returns when ctx ends.
 //
 // Each target has its own time, spread over the interval, so that neither the targets of a host nor the hosts of a fleet
 // are looked at all at once.

@@ -1,6 +1,7 @@
 package work
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/jonboulle/clockwork"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/certmesh/certmesh/agent/internal/durable"
 	"github.com/certmesh/certmesh/agent/internal/journal"
@@ -35,16 +37,16 @@ func TestDecide(t *testing.T) {
 		says string
 	}{
 		"as deployed":                     {[]finding{well, well}, "--"},
-		"replaced, once":                  {[]finding{foreign, foreign, foreign}, "D--"},
+		"replaced, once":                  {[]finding{foreign, foreign, foreign}, "DDD"},
 		"replaced differently":            {[]finding{foreign, {installed: third, probed: true}, {probed: true}}, "DDD"},
 		"not loaded":                      {[]finding{unloaded, well, well}, "DW-"},
 		"installed only":                  {[]finding{{installed: want}, {installed: other}, {}, {installed: want}}, "-DDW"},
 		"a restart":                       {[]finding{silent, silent, well, silent, silent, well}, "------"},
-		"down for long":                   {[]finding{silent, silent, silent, silent, well}, "--D-W"},
-		"cannot be read":                  {[]finding{unread, unread, unread, unread, well}, "--D-W"},
+		"down for long":                   {[]finding{silent, silent, silent, silent, well}, "--DDW"},
+		"cannot be read":                  {[]finding{unread, unread, unread, unread, well}, "--DDW"},
 		"replaced while nothing answers":  {[]finding{{installed: other, probed: true, unanswered: down}}, "D"},
 		"removed while nothing answers":   {[]finding{{probed: true, unanswered: down}}, "D"},
-		"differs, is down, differs still": {[]finding{unloaded, silent, silent, unloaded, well}, "D---W"},
+		"differs, is down, differs still": {[]finding{unloaded, silent, silent, unloaded, well}, "D--DW"},
 	} {
 		p := &placed{spec: &agentpb.TargetSpec{Id: "tgt_1"}, certificateID: "cert_1", generation: 3, leaf: want}
 		var got strings.Builder
@@ -124,8 +126,8 @@ func (r *rig) silent() {
 	}
 }
 
-// TestWatch: what changes at a target is found by itself, told once, told again on a new stream and after a restart, and
-// its end is told too. While a deployment is open nothing is.
+// TestWatch: what changes at a target is found by itself, told at every look, on a new stream and after a restart, and its
+// end is told too. While a deployment is open nothing is.
 func TestWatch(t *testing.T) {
 	t.Parallel()
 	s, served, clk := newSite(), &probes{}, clockwork.NewFakeClock()
@@ -168,7 +170,9 @@ func TestWatch(t *testing.T) {
 	stop()
 	<-done
 	look(r)
-	r.silent()
+	if again := r.observed(); again.GetProblem() == nil {
+		t.Fatal(again)
+	}
 	r.e.Detach()
 	r.e.Attach(r.out, nil)
 	if o := r.observed(); o.GetProblem() == nil {
@@ -201,6 +205,47 @@ func TestWatch(t *testing.T) {
 	r.silent()
 	if names, err := kept.List(""); err != nil || len(names) != 0 {
 		t.Fatal(names, err)
+	}
+}
+
+// TestTheSameDriftAgain: what was put right is not told any more, not even on a new stream. When the same foreign certificate is
+// put there once more it is.
+func TestTheSameDriftAgain(t *testing.T) {
+	t.Parallel()
+	s, served := newSite(), &probes{}
+	r := newRig(t, s, journal.NewMemory(), keystore.NewMemory(), func(c *Config) {
+		c.Probe = served.probe
+		c.VerifyTimeout = func() time.Duration { return time.Millisecond }
+	})
+	a := r.job(1, 1)
+	a.GetDeploy().Target.VerifyAddress = "127.0.0.1:443"
+	want := leafOf(a)
+	served.set(want, nil)
+	deploy := func(id string) {
+		t.Helper()
+		a := proto.CloneOf(a)
+		a.Id = id
+		r.e.Assign(a)
+		if res := r.result(); res.GetDeployed() == nil {
+			t.Fatal(res)
+		}
+		r.e.Settle(&agentpb.Settled{Id: id, Attempt: 1, Outcome: agentpb.Settled_OUTCOME_OK})
+	}
+	deploy("job_1")
+	for i := range 2 {
+		s.put("1", target.Fingerprint{9})
+		r.e.observe(t.Context(), "tgt_1")
+		if o := r.observed(); o.GetProblem() == nil {
+			t.Fatal(o)
+		}
+		deploy("job_again" + string(rune('a'+i)))
+		r.e.Detach()
+		r.e.Attach(r.out, nil)
+		if o := r.observed(); o.GetProblem() != nil || !bytes.Equal(o.GetInstalledFingerprint(), want[:]) || !bytes.Equal(o.GetServedFingerprint(), want[:]) {
+			t.Fatal(o)
+		}
+		r.e.observe(t.Context(), "tgt_1")
+		r.silent()
 	}
 }
 

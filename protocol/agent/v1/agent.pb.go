@@ -3084,8 +3084,8 @@ func (x *Move) GetWindowMs() int64 {
 }
 
 // Observed says that a target holds or serves something else than the last deployment left there, or does so no longer
-// after an earlier Observed. Sent when that changes and again on every new stream while it is so; not answered: the
-// server makes a deployment of what it wants.
+// after an earlier Observed. Sent at every look and on every new stream while it is so, and when it ceases; not answered:
+// the server makes a deployment of what it wants.
 type Observed struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TargetId      string                 `protobuf:"bytes,1,opt,name=target_id,json=targetId,proto3" json:"target_id,omitempty"`
