@@ -30,7 +30,7 @@ func scratch() (env []string, remove func(), err error) {
 	}
 	remove = func() { _ = os.RemoveAll(dir) }
 	// Servers of the tests run as other users and must reach what is theirs.
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // nothing lies in it but the tests' own folders
+	if err := os.Chmod(dir, 0o755); err != nil {
 		remove()
 		return nil, nil, fmt.Errorf("open the tests' folder: %w", err)
 	}
@@ -45,12 +45,12 @@ func scratch() (env []string, remove func(), err error) {
 // roomy reports whether dir has enough space.
 func roomy(dir string) bool {
 	var fs syscall.Statfs_t
-	return syscall.Statfs(dir, &fs) == nil && fs.Bavail*uint64(fs.Bsize) >= enough //nolint:gosec // a block size is positive
+	return syscall.Statfs(dir, &fs) == nil && fs.Bavail*uint64(fs.Bsize) >= enough
 }
 
 // executes reports whether programs may be run from dir, which a mount can forbid.
 func executes(dir string) bool {
 	path := filepath.Join(dir, "try")
 	defer func() { _ = os.Remove(path) }()
-	return os.WriteFile(path, []byte("#!/bin/sh\n"), 0o700) == nil && exec.Command(path).Run() == nil //nolint:gosec // it is ours
+	return os.WriteFile(path, []byte("#!/bin/sh\n"), 0o700) == nil && exec.Command(path).Run() == nil
 }

@@ -161,14 +161,13 @@ func TestOwnersTakeTurns(t *testing.T) {
 			waiting[o] = append(waiting[o], j.ID)
 		}
 		at := time.Unix(1_800_000_000, 0)
-		s, effects := Step(State{}, Opened{AgentID: testAgent, Epoch: 1, Work: work, At: at})
+		s, _ := Step(State{}, Opened{AgentID: testAgent, Epoch: 1, Work: work, At: at})
 		since := map[string]int{}
 		for range work {
-			var more []Effect
-			if s, more = Step(s, Granted{Class: Key, Amount: 1, At: at}); len(more) == 0 {
+			var effects []Effect
+			if s, effects = Step(s, Granted{Class: Key, Amount: 1, At: at}); len(effects) == 0 {
 				t.Fatal("a credit was not spent while jobs wait")
 			}
-			effects = more
 			for _, f := range effects {
 				raise, ok := f.(Raise)
 				if !ok {

@@ -57,7 +57,7 @@ func (p Placement) Drifted(problem string, at time.Time) Placement {
 // target has a verify address. It is p itself where o is stale, says nothing new, or contradicts itself.
 func (p Placement) Observed(o Observation, fingerprint string, probed bool) Placement {
 	drifted := !p.DriftedAt.IsZero()
-	if p.InstalledGeneration != o.Generation && !(drifted && p.InstalledGeneration == 0) {
+	if p.InstalledGeneration != o.Generation && (!drifted || p.InstalledGeneration != 0) {
 		return p // another generation was deployed since
 	}
 	installed, served := o.InstalledFingerprint == fingerprint, o.ServedFingerprint == fingerprint

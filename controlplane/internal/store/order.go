@@ -155,7 +155,7 @@ func (t *tx) judgeOrders(items []newOrder, outs []orderOutcome) (good []int, err
 		}
 		sites, err := pick(found, it.TargetIDs)
 		if err != nil {
-			return orderOutcome{err: err}, false, nil
+			return orderOutcome{err: err}, false, nil //nolint:nilerr // this order is refused; the others of its batch go on
 		}
 		for _, p := range []struct {
 			kind  kind
@@ -167,7 +167,7 @@ func (t *tx) judgeOrders(items []newOrder, outs []orderOutcome) (good []int, err
 				return o, false, err
 			}
 			if part.refused != nil {
-				return orderOutcome{err: part.refused}, false, nil
+				return orderOutcome{err: part.refused}, false, nil //nolint:nilerr // as above
 			}
 			*p.key = part.id
 		}
@@ -177,7 +177,7 @@ func (t *tx) judgeOrders(items []newOrder, outs []orderOutcome) (good []int, err
 			return o, false, err
 		}
 		if o.err = usable(sites); o.err != nil {
-			return o, false, nil
+			return o, false, nil //nolint:nilerr // as above
 		}
 		if _, taken := haveID[c.ID]; taken {
 			o.err = certificateKind.second()

@@ -69,8 +69,8 @@ func (t *tx) restPlacements(ended []domain.Job) error {
 			continue
 		}
 		p := s.placement
-		switch {
-		case j.Kind == domain.JobValidation:
+		switch j.Kind {
+		case domain.JobValidation:
 			if j.State == domain.JobFailed && j.ErrorClass == string(fault.Conflict) {
 				if err := t.auditDrift(p, j.Generation, j.Error, j.RequestID, j.FinishedAt); err != nil {
 					return err

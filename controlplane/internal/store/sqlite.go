@@ -81,7 +81,7 @@ func (c *liteConn) prepared(ctx context.Context, query string) (*liteStmt, error
 }
 
 func (c *liteConn) exec(ctx context.Context, query string, args ...any) (sql.Result, error) {
-	st, err := c.prepared(ctx, query) //nolint:sqlclosecheck // it is kept; close closes it
+	st, err := c.prepared(ctx, query)
 	if err != nil {
 		return nil, err
 	}
@@ -117,7 +117,7 @@ func (r liteRunner) ExecContext(ctx context.Context, query string, args ...any) 
 }
 
 func (r liteRunner) QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error) {
-	st, err := r.c.prepared(context.WithoutCancel(ctx), query) //nolint:sqlclosecheck // it is kept; close closes it
+	st, err := r.c.prepared(context.WithoutCancel(ctx), query)
 	if err != nil {
 		return nil, err
 	}

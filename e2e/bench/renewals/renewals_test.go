@@ -240,7 +240,10 @@ func footprint(ctx context.Context, tb testing.TB, bin string, starts int, idle 
 			if ctx.Err() != nil {
 				tb.Fatal("certmeshd is not ready: " + s.server.Tail(10))
 			}
-			time.Sleep(2 * time.Millisecond)
+			select {
+			case <-ctx.Done():
+			case <-time.After(2 * time.Millisecond):
+			}
 		}
 		all = append(all, time.Since(began))
 	}

@@ -95,7 +95,11 @@ func serveFiles(e *estate.Estate, agent, prefix string, n int) (sites []*estate.
 				if err == nil || try == 20 {
 					return &c, err
 				}
-				time.Sleep(time.Millisecond)
+				select {
+				case <-h.Context().Done():
+					return nil, h.Context().Err()
+				case <-time.After(time.Millisecond):
+				}
 			}
 		}}}
 	var wg sync.WaitGroup

@@ -24,7 +24,6 @@ type swarm struct {
 	mu     sync.Mutex
 	status swarmStatus
 	events map[string][]swarmEvent
-	notes  map[string]int64
 	wake   chan struct{}
 }
 

@@ -46,7 +46,7 @@ func newOperator(profile string) (*operator, error) {
 func (o *operator) close() { _ = o.c.Close() }
 
 func (o *operator) token(ctx context.Context, uses int) (string, error) {
-	r, err := o.c.Agents.CreateJoinToken(ctx, &operatorpb.CreateJoinTokenRequest{MaxUses: int32(uses), Ttl: durationpb.New(24 * time.Hour)}) //nolint:gosec // at most maxAgents
+	r, err := o.c.Agents.CreateJoinToken(ctx, &operatorpb.CreateJoinTokenRequest{MaxUses: int32(uses), Ttl: durationpb.New(24 * time.Hour)})
 	return r.GetToken(), err
 }
 

@@ -30,10 +30,9 @@ type status struct {
 
 // printer writes lines for people, or JSON objects with an "event".
 type printer struct {
-	mu    sync.Mutex
-	w     io.Writer
-	json  bool
-	known status
+	mu   sync.Mutex
+	w    io.Writer
+	json bool
 }
 
 func newPrinter(w io.Writer, asJSON bool) *printer { return &printer{w: w, json: asJSON} }

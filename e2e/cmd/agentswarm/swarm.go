@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"runtime"
@@ -241,11 +242,7 @@ func (n *notes) add(what string) {
 func (n *notes) copy() map[string]int64 {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	out := make(map[string]int64, len(n.counts))
-	for k, c := range n.counts {
-		out[k] = c
-	}
-	return out
+	return maps.Clone(n.counts)
 }
 
 func (counting) Enabled(context.Context, slog.Level) bool { return true }
@@ -302,7 +299,7 @@ func (s *swarm) status() status {
 	return status{Agents: s.o.agents, Healthy: s.healthy, Joined: s.joined.Load(), Connected: s.connected.Load(), Welcomes: s.welcomes.Load(),
 		Failed: s.failed.Load(), Bad: s.bad.Load(), Acknowledged: s.acked.Load(), Done: s.done.Load(), AllConnected: s.allConnected.Load(),
 		LastWelcome: s.lastWelcome.Load(), LastLost: s.lastLost.Load(), ElapsedMS: time.Since(s.began).Milliseconds(),
-		RSS: residentBytes(), Heap: int64(m.HeapInuse), Goroutines: runtime.NumGoroutine()} //nolint:gosec // far below 2^63
+		RSS: residentBytes(), Heap: int64(m.HeapInuse), Goroutines: runtime.NumGoroutine()}
 }
 
 // residentBytes is the process's resident memory; 0 where the system does not say.

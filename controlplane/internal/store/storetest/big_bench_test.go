@@ -42,7 +42,7 @@ func BenchmarkBigTables(b *testing.B) {
 			measureBig(b, e, smallRows, func(m measured) { small[m.what] = m })
 			b.ReportMetric(0, "ns/op")
 			// Not b.Log, which cuts what is long.
-			fmt.Printf("\n%s: milliseconds, p50 / p99 of %d\n\n| what | at %d | at %d | ratio of p50 |\n| --- | --- | --- | --- |\n", e.Name, samples, smallRows, rows)
+			fmt.Fprintf(os.Stdout, "\n%s: milliseconds, p50 / p99 of %d\n\n| what | at %d | at %d | ratio of p50 |\n| --- | --- | --- | --- |\n", e.Name, samples, smallRows, rows)
 			worst50, worst99, ratios := time.Duration(0), time.Duration(0), []float64{}
 			measureBig(b, e, rows, func(m measured) {
 				s, ok := small[m.what]
@@ -52,7 +52,7 @@ func BenchmarkBigTables(b *testing.B) {
 				} else if m.list {
 					ratios = append(ratios, float64(m.p50)/float64(s.p50))
 				}
-				fmt.Printf("| %s%s | %s | %s | %s |\n", m.what, m.note, s, m, ratio)
+				fmt.Fprintf(os.Stdout, "| %s%s | %s | %s | %s |\n", m.what, m.note, s, m, ratio)
 				if m.list {
 					worst50, worst99 = max(worst50, m.p50), max(worst99, m.p99)
 				} else {
