@@ -19,20 +19,31 @@ import (
 	"github.com/certmesh/certmesh/e2e/estate/estatetest"
 )
 
-// overwrite puts another certificate and key into a site's files, as somebody would by hand, and returns its serial.
-func (h *hosts) overwrite(site *estate.Site) string {
+// foreign is a certificate that certmesh has nothing to do with.
+type foreign struct {
+	serial    string
+	cert, key []byte // PEM
+}
+
+func (h *hosts) foreign(host string) foreign {
 	h.T.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	h.OK(err)
-	tmpl := &x509.Certificate{SerialNumber: big.NewInt(0xbad), Subject: pkix.Name{CommonName: "by hand"}, DNSNames: []string{site.Host},
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(0xbad), Subject: pkix.Name{CommonName: "by hand"}, DNSNames: []string{host},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
 	h.OK(err)
 	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
 	h.OK(err)
-	h.OK(os.WriteFile(site.CertPath, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
-	h.OK(os.WriteFile(site.KeyPath, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}), 0o600))
-	return estate.Serial(tmpl)
+	return foreign{estate.Serial(tmpl), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
+		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})}
+}
+
+// overwrite puts f into a site's files, as somebody would by hand.
+func (h *hosts) overwrite(site *estate.Site, f foreign) {
+	h.T.Helper()
+	h.OK(os.WriteFile(site.CertPath, f.cert, 0o600))
+	h.OK(os.WriteFile(site.KeyPath, f.key, 0o600))
 }
 
 // shows waits until a site serves serial.
@@ -73,9 +84,10 @@ func TestVerifyOnDemand(t *testing.T) {
 		h.T.Errorf("%+v", p)
 	}
 
-	bad := h.overwrite(site)
+	bad := h.foreign(site.Host)
+	h.overwrite(site, bad)
 	h.Tool(commands[1][0], commands[1][1:]...)
-	h.shows(site, bad)
+	h.shows(site, bad.serial)
 	_, err = h.CLI(h.Ctx, "certs", "verify", "web", "--wait", "--wait-timeout", estatetest.Long)
 	var ce *estate.CLIError
 	if !errors.As(err, &ce) || ce.Code != 3 {
@@ -90,8 +102,8 @@ func TestVerifyOnDemand(t *testing.T) {
 	h.Audited("certificate.verified=ok", "placement.drifted=ok", "placement.restored=ok")
 }
 
-// TestDriftFoundByItself: nobody asks, and what somebody changed by hand is found and put right. A second target that names
-// the same files is refused.
+// TestDriftFoundByItself: nobody asks, and what somebody changed by hand is found and put right. When that happens again it is
+// shown, and put right when an operator asks. A second target that names the same files is refused.
 func TestDriftFoundByItself(t *testing.T) {
 	t.Parallel()
 	h := &hosts{Lab: estatetest.Start(t, "CERTMESH_VERIFY_INTERVAL=1s")}
@@ -105,7 +117,8 @@ func TestDriftFoundByItself(t *testing.T) {
 	h.order("shop", "--dns", "shop.example.test", "--issuer", "ca", "--target", "shop")
 	serial := h.LastSerial("shop", h.east.ID)
 
-	h.overwrite(site)
+	bad := h.foreign(site.Host)
+	h.overwrite(site, bad)
 	h.Audited("placement.drifted=ok", "placement.restored=ok")
 	h.shows(site, serial)
 	c := h.Current("shop")
@@ -113,6 +126,19 @@ func TestDriftFoundByItself(t *testing.T) {
 	if p := c.Placements[0]; p.State != "Served" || p.LastError != "" {
 		h.T.Errorf("%+v", p)
 	}
+
+	// The same again, as configuration management would do it: found again, put right at once only if somebody asks.
+	h.overwrite(site, bad)
+	h.Until("the second drift to be shown", func() error {
+		if p := h.Certificate("shop").Placements[0]; p.State != "Pending" || !strings.Contains(p.LastError, "not the one that was deployed there") {
+			return fmt.Errorf("it is %+v", p)
+		}
+		return nil
+	})
+	h.shows(site, bad.serial)
+	h.Do("certs", "deploy", "shop", "--wait", "--wait-timeout", estatetest.Long)
+	h.shows(site, serial)
+	h.Current("shop")
 
 	h.Do(site.TargetArgs("shop-too", "east")...)
 	h.Until("the second target to be refused", func() error {

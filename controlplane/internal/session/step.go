@@ -582,8 +582,8 @@ func (m *machine) result(r *agentpb.Result, at time.Time) {
 }
 
 const (
-	// An agent may observe as many targets as it keeps in a row, then one each observeEvery: what is beyond that is left out, and
-	// said again on its next stream.
+	// An agent may observe so many targets in a row, then one each observeEvery: what is beyond that is left out, and said again
+	// when the agent looks the next time.
 	observeBurst = 256
 	observeEvery = time.Second
 )

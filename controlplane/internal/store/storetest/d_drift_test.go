@@ -202,3 +202,63 @@ func TestVerifyNow(t *testing.T) {
 		w.Deploy(t, next, s.Epoch)
 	})
 }
+
+// TestDriftDuringVerification: what an agent says while a validation is open counts, once, and is due when that has ended. Whatever
+// deploys the placement again ends the drift, a new generation too.
+func TestDriftDuringVerification(t *testing.T) {
+	t.Parallel()
+	eachWorld(t, func(t *testing.T, w *world) {
+		ctx := t.Context()
+		a := w.Agent(t, "web1")
+		g := w.Target(t, a.ID, "one")
+		s := w.Open(t, a.ID, "n1")
+		c, jobs := w.Order(t, "a.test", domain.Policy{}, g.ID)
+		w.Deploy(t, w.Issue(t, jobs[0], s.Epoch, "key")[0], s.Epoch)
+		verify, err := w.S.VerifyCertificate(ctx, c.ID, "r", w.Op())
+		w.must(err)
+		attempt := w.Dispatch(t, verify[0], s.Epoch)
+		o := domain.Observation{AgentID: a.ID, CertificateID: c.ID, TargetID: g.ID, Generation: 1, Problem: "it holds another", At: w.Now()}
+		changed, err := w.S.RecordObservation(ctx, o)
+		w.must(err)
+		if p := w.placement(c.ID, g.ID); !changed || p.DriftedAt.IsZero() {
+			t.Fatalf("%v %+v", changed, p)
+		}
+		w.Check(t)
+		due, err := w.S.DuePlacements(ctx, domain.ShardOf(c.ID), w.Now(), 10)
+		w.must(err)
+		if len(due) != 0 {
+			t.Fatalf("due beside the open validation: %+v", due)
+		}
+		w.must(w.S.FailJobs(ctx, []domain.Failure{{JobID: verify[0].ID, AgentID: a.ID, Attempt: attempt, Class: string(fault.Conflict), Message: "it holds another", At: w.Now()}})[0].Err)
+		due, err = w.S.DuePlacements(ctx, domain.ShardOf(c.ID), w.Now(), 10)
+		w.must(err)
+		if len(due) != 1 {
+			t.Fatalf("%+v", due)
+		}
+
+		renewals, err := w.S.RenewCertificate(ctx, c.ID, "r", w.Op())
+		w.must(err)
+		w.Deploy(t, w.Issue(t, renewals[0], s.Epoch, "key2")[0], s.Epoch)
+		if p := w.placement(c.ID, g.ID); p.State != domain.PlacementServed || !p.DriftedAt.IsZero() || p.InstalledGeneration != 2 {
+			t.Fatalf("%+v", p)
+		}
+		// What the agent saw before, and said late.
+		w.Pass(time.Minute)
+		o.At = w.Now()
+		_, err = w.S.RecordObservation(ctx, o)
+		w.must(err)
+		if p := w.placement(c.ID, g.ID); p.State != domain.PlacementServed || !p.DriftedAt.IsZero() {
+			t.Fatalf("%+v", p)
+		}
+		n := 0
+		for _, action := range w.actions("certificate/" + c.ID) {
+			if action == "placement.drifted" {
+				n++
+			}
+		}
+		if n != 1 {
+			t.Errorf("placement.drifted %d times in the trail", n)
+		}
+		w.Check(t)
+	})
+}
