@@ -16,7 +16,7 @@ import (
 	"github.com/certmesh/certmesh/controlplane/internal/store"
 )
 
-func (n *Node) mesh() *ca.Authority { return n.trust.mesh }
+func (n *Node) mesh() *ca.Authority { return n.trust.mesh() }
 
 // authorities opens issuing CAs on first use and keeps them: a CA's key and certificates never change under its id.
 type authorities struct {

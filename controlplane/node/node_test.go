@@ -282,7 +282,7 @@ func TestTheChainEndsInTheRoot(t *testing.T) {
 		}
 		chain := conn.ConnectionState().PeerCertificates
 		_ = conn.Close()
-		if sha256.Sum256(chain[len(chain)-1].Raw) != sha256.Sum256(n.trust.mesh.Root().Raw) || len(chain[0].URIs) != 1 ||
+		if sha256.Sum256(chain[len(chain)-1].Raw) != sha256.Sum256(n.trust.mesh().Root().Raw) || len(chain[0].URIs) != 1 ||
 			chain[0].URIs[0].String() != "spiffe://certmesh.local/node/n1" {
 			t.Errorf("%s: %v", addr, chain[0].URIs)
 		}

@@ -30,7 +30,7 @@ func (n *Node) writeClientProfile(ctx context.Context) (string, error) {
 		return "", fault.Wrap(fault.Invalid, err, "node.data_dir cannot be resolved")
 	}
 	p := clientProfile{ServerURL: n.addresses.GRPC,
-		CACertificate: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: n.trust.mesh.Root().Raw}))}
+		CACertificate: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: n.trust.mesh().Root().Raw}))}
 	data, err := os.ReadFile(path)
 	switch {
 	case err == nil:

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -10,6 +11,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -35,10 +37,12 @@ type trustConfig struct {
 }
 
 // trust is the mesh CA and this node's own identity below it. The identity's key lives in memory alone: a node that
-// starts makes a new one, so that there is nothing on its disk to steal.
+// starts makes a new one, so that there is nothing on its disk to steal. CA and roots may change while the node runs;
+// who needs one asks each time.
 type trust struct {
 	trustConfig
-	mesh     *ca.Authority
+	loading  sync.Mutex
+	signer   atomic.Pointer[ca.Authority]
 	identity atomic.Pointer[tls.Certificate]
 	roots    atomic.Pointer[x509.CertPool]
 }
@@ -46,25 +50,63 @@ type trust struct {
 // openTrust opens the mesh CA, or makes it at the cluster's first start, and issues this node's identity.
 func openTrust(ctx context.Context, c trustConfig) (*trust, error) {
 	t := &trust{trustConfig: c}
-	material, err := c.Store.CA(ctx, domain.MeshCA)
+	_, err := c.Store.CA(ctx, domain.MeshCA)
 	if fault.Is(err, fault.NotFound) {
-		material, err = t.firstStart(ctx)
+		_, err = t.firstStart(ctx)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the mesh CA: %w", err)
 	}
-	keys := func(id string) (domain.SealedKey, error) { return c.Store.SealedKey(ctx, id) }
-	if t.mesh, err = ca.Open(material, keys, c.Ring); err != nil {
+	return t, t.reload(ctx)
+}
+
+// reload reads the mesh CA and the roots again and takes both into force. When another CA signs now, this node has a new
+// identity of it when reload returns. After an error everything is as it was.
+func (t *trust) reload(ctx context.Context) error {
+	t.loading.Lock()
+	defer t.loading.Unlock()
+	roots, err := t.loadRoots(ctx)
+	if err != nil {
+		return err
+	}
+	signer, err := t.loadSigner(ctx)
+	if err != nil {
+		return err
+	}
+	if signer != t.mesh() {
+		identity, err := t.issue(signer)
+		if err != nil {
+			return err
+		}
+		t.signer.Store(signer)
+		t.identity.Store(identity)
+	}
+	t.roots.Store(roots)
+	return nil
+}
+
+// loadSigner returns the CA that signs now: the one that is open, if it is still that one.
+func (t *trust) loadSigner(ctx context.Context) (*ca.Authority, error) {
+	material, err := t.Store.CA(ctx, domain.MeshCA)
+	if err != nil {
+		return nil, fmt.Errorf("read the mesh CA: %w", err)
+	}
+	if have := t.mesh(); have != nil && bytes.Equal(have.Certificate().Raw, material.Chain[0]) {
+		return have, nil
+	}
+	keys := func(id string) (domain.SealedKey, error) { return t.Store.SealedKey(ctx, id) }
+	signer, err := ca.Open(material, keys, t.Ring)
+	if err != nil {
 		return nil, fmt.Errorf("open the mesh CA: %w", err)
 	}
-	if td := t.mesh.TrustDomain(); td != c.TrustDomain {
-		return nil, fault.InvalidField("mesh.trust_domain", "is %q, but the mesh CA in this store is of %q, which cannot change once it exists: set CERTMESH_TRUST_DOMAIN=%s", c.TrustDomain, td, td)
+	if td := signer.TrustDomain(); td != t.TrustDomain {
+		return nil, fault.InvalidField("mesh.trust_domain", "is %q, but the mesh CA in this store is of %q, which cannot change once it exists: set CERTMESH_TRUST_DOMAIN=%s", t.TrustDomain, td, td)
 	}
-	if err := t.loadRoots(ctx); err != nil {
-		return nil, err
-	}
-	return t, t.renew()
+	return signer, nil
 }
+
+// mesh is the CA that signs identities now.
+func (t *trust) mesh() *ca.Authority { return t.signer.Load() }
 
 // firstStart makes the mesh CA. Of nodes that start together the first one's is kept.
 func (t *trust) firstStart(ctx context.Context) (domain.CA, error) {
@@ -76,24 +118,31 @@ func (t *trust) firstStart(ctx context.Context) (domain.CA, error) {
 		domain.Op{Actor: "node:" + t.NodeID, RequestID: id.New(id.Request), At: domain.Micro(t.Clock.Now())})
 }
 
-func (t *trust) loadRoots(ctx context.Context) error {
+func (t *trust) loadRoots(ctx context.Context) (*x509.CertPool, error) {
 	version, roots, err := t.Store.TrustBundle(ctx)
 	if err != nil {
-		return fmt.Errorf("read the trust bundle: %w", err)
+		return nil, fmt.Errorf("read the trust bundle: %w", err)
 	}
-	pool, err := ca.Bundle{Version: version, Roots: roots}.Pool()
-	if err != nil {
-		return err
-	}
-	t.roots.Store(pool)
-	return nil
+	return ca.Bundle{Version: version, Roots: roots}.Pool()
 }
 
 // renew gives this node a new key and identity.
 func (t *trust) renew() error {
+	t.loading.Lock()
+	defer t.loading.Unlock()
+	identity, err := t.issue(t.mesh())
+	if err != nil {
+		return err
+	}
+	t.identity.Store(identity)
+	return nil
+}
+
+// issue makes a key and an identity of this node for it.
+func (t *trust) issue(signer *ca.Authority) (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return fault.Wrap(fault.Internal, err, "make this node's key")
+		return nil, fault.Wrap(fault.Internal, err, "make this node's key")
 	}
 	r := ca.IdentityRequest{PublicKey: key.Public(), Kind: ca.KindNode, ID: t.NodeID, TTL: t.TTL, Now: t.Clock.Now()}
 	for _, n := range t.Names {
@@ -103,23 +152,22 @@ func (t *trust) renew() error {
 			r.DNS = append(r.DNS, n)
 		}
 	}
-	p, err := t.mesh.PrepareIdentity(r)
+	p, err := signer.PrepareIdentity(r)
 	if err != nil {
-		return fmt.Errorf("this node's identity: %w", err)
+		return nil, fmt.Errorf("this node's identity: %w", err)
 	}
-	der, err := t.mesh.Sign(p.TBS())
+	der, err := signer.Sign(p.TBS())
 	if err != nil {
-		return fmt.Errorf("sign this node's identity: %w", err)
+		return nil, fmt.Errorf("sign this node's identity: %w", err)
 	}
 	leaf, err := x509.ParseCertificate(der)
 	if err != nil {
-		return fault.Wrap(fault.Internal, err, "this node's identity does not parse")
+		return nil, fault.Wrap(fault.Internal, err, "this node's identity does not parse")
 	}
 	// The root goes along: a host or an operator who holds nothing but its fingerprint finds it there.
-	chain := append([][]byte{der}, t.mesh.Chain()...)
-	chain = append(chain, t.mesh.Root().Raw)
-	t.identity.Store(&tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf})
-	return nil
+	chain := append([][]byte{der}, signer.Chain()...)
+	chain = append(chain, signer.Root().Raw)
+	return &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf}, nil
 }
 
 // keep renews the identity at half of its validity until ctx ends.

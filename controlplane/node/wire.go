@@ -57,7 +57,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		p.duties.Trigger(duty.JobRetry)
 		p.duties.Trigger(duty.ShortLivedExpiry)
 	})
-	if p.sessions, err = session.New(session.Config{NodeID: n.cfg.Node.ID, TrustDomain: n.trust.mesh.TrustDomain(), Store: n.store,
+	if p.sessions, err = session.New(session.Config{NodeID: n.cfg.Node.ID, TrustDomain: n.cfg.Mesh.TrustDomain, Store: n.store,
 		Mesh: n.mesh, Issue: pipeline, Hub: changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
 		IdentityTTL: n.cfg.Mesh.IdentityTTL, VerifyTimeout: n.cfg.Jobs.VerifyTimeout, VerifyInterval: n.cfg.Jobs.VerifyInterval, BeatInterval: n.beatInterval(), MaxBeat: n.maxBeat(),
 		Handshakes: n.cfg.Mesh.Handshakes, Changed: p.nudge.request}); err != nil {
@@ -70,7 +70,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 	}
 	if p.api, err = api.New(api.Config{Store: n.store, Sessions: p.sessions, Issuers: &localIssuers{ring: ring, publicURL: n.publicURL(), now: n.clk.Now},
 		CheckTarget: n.checkTarget, Hub: changes, Clock: n.clk, Log: n.log, Metrics: metrics,
-		Node: api.Node{ID: n.cfg.Node.ID, Version: n.opts.Version, Store: n.store.Dialect(), TrustDomain: n.trust.mesh.TrustDomain(),
+		Node: api.Node{ID: n.cfg.Node.ID, Version: n.opts.Version, Store: n.store.Dialect(), TrustDomain: n.cfg.Mesh.TrustDomain,
 			StartedAt: n.clk.Now()},
 		Duties:  p.dutyStatus,
 		Changes: n.cfg.API.Changes, ChangesWaiting: n.cfg.API.ChangesWaiting,
