@@ -79,8 +79,8 @@ func (n *notes) wait(t *testing.T, line string, count int) {
 	}
 }
 
-// within waits for a condition.
-func within(t *testing.T, what string, holds func() bool) {
+// eventually waits for a condition.
+func eventually(t *testing.T, what string, holds func() bool) {
 	t.Helper()
 	deadline, look := time.After(20*time.Second), time.NewTicker(5*time.Millisecond)
 	defer look.Stop()
@@ -177,7 +177,7 @@ func TestNodesTellEachOther(t *testing.T) {
 		}
 	}
 	// A link is up at its own end a moment after the other end knows.
-	within(t, "links are up", func() bool { return a.Up()["b"] && a.Up()["c"] && b.Up()["a"] })
+	eventually(t, "links are up", func() bool { return a.Up()["b"] && a.Up()["c"] && b.Up()["a"] })
 	a.Mesh.Wake("b", []string{"agt_2", "agt_1"})
 	b.wait(t, "wake agt_1,agt_2", 1)
 	a.WakeAll([]string{"agt_3"})
@@ -214,7 +214,7 @@ func TestLinkComesBack(t *testing.T) {
 		return
 	}
 	a.Mesh.Wake("b", []string{"agt_lost"})
-	within(t, "the port is free again", func() bool {
+	eventually(t, "the port is free again", func() bool {
 		l, err = net.Listen("tcp", address)
 		return err == nil
 	})
