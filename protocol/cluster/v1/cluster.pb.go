@@ -1183,10 +1183,15 @@ func (*RemoveResponse) Descriptor() ([]byte, []int) {
 type LeaseRequest struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	IssuerId string                 `protobuf:"bytes,1,opt,name=issuer_id,json=issuerId,proto3" json:"issuer_id,omitempty"`
-	// Calls in flight and waiting there. 0 gives back what is leased.
+	// Calls in flight and waiting there. 0: none are wanted any more; what is leased lapses, or is given back, see below.
 	Want int32 `protobuf:"varint,2,opt,name=want,proto3" json:"want,omitempty"`
 	// Set when the issuer has asked for restraint (HTTP 429): nobody calls it for so long.
-	PauseMs       int64 `protobuf:"varint,3,opt,name=pause_ms,json=pauseMs,proto3" json:"pause_ms,omitempty"`
+	PauseMs int64 `protobuf:"varint,3,opt,name=pause_ms,json=pauseMs,proto3" json:"pause_ms,omitempty"`
+	// Random per start of the process: what the one before it had in flight is counted beside what this one is granted.
+	Instance string `protobuf:"bytes,4,opt,name=instance,proto3" json:"instance,omitempty"`
+	// The lease with this id and all that this instance was granted before it are over: nothing is in flight under them, and
+	// nothing will be. 0: none.
+	GivenBack     uint64 `protobuf:"varint,5,opt,name=given_back,json=givenBack,proto3" json:"given_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1242,6 +1247,20 @@ func (x *LeaseRequest) GetPauseMs() int64 {
 	return 0
 }
 
+func (x *LeaseRequest) GetInstance() string {
+	if x != nil {
+		return x.Instance
+	}
+	return ""
+}
+
+func (x *LeaseRequest) GetGivenBack() uint64 {
+	if x != nil {
+		return x.GivenBack
+	}
+	return 0
+}
+
 // LeaseResponse is what the caller may use, counted on its own clock from the moment it sent the request.
 type LeaseResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1251,7 +1270,13 @@ type LeaseResponse struct {
 	// Calls that may be begun a second; 0: no bound but permits.
 	Rate float64 `protobuf:"fixed64,3,opt,name=rate,proto3" json:"rate,omitempty"`
 	// Wait at least so long before asking again.
-	RetryAfterMs  int64 `protobuf:"varint,4,opt,name=retry_after_ms,json=retryAfterMs,proto3" json:"retry_after_ms,omitempty"`
+	RetryAfterMs int64 `protobuf:"varint,4,opt,name=retry_after_ms,json=retryAfterMs,proto3" json:"retry_after_ms,omitempty"`
+	// Of the lease; 0: none was granted.
+	LeaseId uint64 `protobuf:"varint,5,opt,name=lease_id,json=leaseId,proto3" json:"lease_id,omitempty"`
+	// Set while the issuer's wish for restraint lasts: nobody calls it for so long.
+	PauseMs int64 `protobuf:"varint,6,opt,name=pause_ms,json=pauseMs,proto3" json:"pause_ms,omitempty"`
+	// Who leads is new and grants nothing yet: what the caller holds goes on until it lapses.
+	Undecided     bool `protobuf:"varint,7,opt,name=undecided,proto3" json:"undecided,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1312,6 +1337,27 @@ func (x *LeaseResponse) GetRetryAfterMs() int64 {
 		return x.RetryAfterMs
 	}
 	return 0
+}
+
+func (x *LeaseResponse) GetLeaseId() uint64 {
+	if x != nil {
+		return x.LeaseId
+	}
+	return 0
+}
+
+func (x *LeaseResponse) GetPauseMs() int64 {
+	if x != nil {
+		return x.PauseMs
+	}
+	return 0
+}
+
+func (x *LeaseResponse) GetUndecided() bool {
+	if x != nil {
+		return x.Undecided
+	}
+	return false
 }
 
 // Command is one entry of the Raft log. A body that a node does not know is ignored if ignorable, else the node is too old
@@ -1828,7 +1874,7 @@ func (x *EndLeases) GetLeaseIds() []uint64 {
 	return nil
 }
 
-// PauseIssuer records that an issuer asked for restraint. Who leads counts the time on its own clock.
+// PauseIssuer records that an issuer asked for restraint. Who leads counts the time on its own clock. 0 ms: it is over.
 type PauseIssuer struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	IssuerId      string                 `protobuf:"bytes,1,opt,name=issuer_id,json=issuerId,proto3" json:"issuer_id,omitempty"`
@@ -2045,17 +2091,23 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\fJoinResponse\"(\n" +
 	"\rRemoveRequest\x12\x17\n" +
 	"\anode_id\x18\x01 \x01(\tR\x06nodeId\"\x10\n" +
-	"\x0eRemoveResponse\"Z\n" +
+	"\x0eRemoveResponse\"\x95\x01\n" +
 	"\fLeaseRequest\x12\x1b\n" +
 	"\tissuer_id\x18\x01 \x01(\tR\bissuerId\x12\x12\n" +
 	"\x04want\x18\x02 \x01(\x05R\x04want\x12\x19\n" +
-	"\bpause_ms\x18\x03 \x01(\x03R\apauseMs\"\x84\x01\n" +
+	"\bpause_ms\x18\x03 \x01(\x03R\apauseMs\x12\x1a\n" +
+	"\binstance\x18\x04 \x01(\tR\binstance\x12\x1d\n" +
+	"\n" +
+	"given_back\x18\x05 \x01(\x04R\tgivenBack\"\xd8\x01\n" +
 	"\rLeaseResponse\x12\x18\n" +
 	"\apermits\x18\x01 \x01(\x05R\apermits\x12\x1f\n" +
 	"\vduration_ms\x18\x02 \x01(\x03R\n" +
 	"durationMs\x12\x12\n" +
 	"\x04rate\x18\x03 \x01(\x01R\x04rate\x12$\n" +
-	"\x0eretry_after_ms\x18\x04 \x01(\x03R\fretryAfterMs\"\xe2\x03\n" +
+	"\x0eretry_after_ms\x18\x04 \x01(\x03R\fretryAfterMs\x12\x19\n" +
+	"\blease_id\x18\x05 \x01(\x04R\aleaseId\x12\x19\n" +
+	"\bpause_ms\x18\x06 \x01(\x03R\apauseMs\x12\x1c\n" +
+	"\tundecided\x18\a \x01(\bR\tundecided\"\xe2\x03\n" +
 	"\aCommand\x12\x1c\n" +
 	"\tignorable\x18\x01 \x01(\bR\tignorable\x12A\n" +
 	"\bregister\x18\x02 \x01(\v2#.certmesh.cluster.v1.RegisterMemberH\x00R\bregister\x12;\n" +
