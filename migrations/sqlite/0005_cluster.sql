@@ -1,7 +1,7 @@
--- Who may be a node. A row is made by the first node of an empty store, or against a token; the key is proven at every start.
+-- Who may be a node. A row is made by the first node of an empty store, or against a token; who starts again shows its secret.
 CREATE TABLE cluster_node (
     id          TEXT   NOT NULL PRIMARY KEY,
-    spki        TEXT   NOT NULL, -- SHA-256 of the identity's public key, hex
+    secret_hash TEXT   NOT NULL, -- SHA-256 of the secret in the node's data directory, hex
     epoch       BIGINT NOT NULL, -- rises with each start: a process with an older one is not this node any more
     instance    TEXT   NOT NULL, -- random per start
     enrolled_at BIGINT NOT NULL,

@@ -10,18 +10,21 @@ import (
 
 // The prefixes.
 const (
-	Certificate = "cert"
-	Agent       = "agt"
-	Job         = "job"
-	Issuer      = "iss"
-	Profile     = "prof"
-	Target      = "tgt"
-	Intent      = "int"
-	Token       = "jt"
-	APIKey      = "key"
-	Audit       = "aud"
-	Key         = "sk"
-	Request     = "req"
+	Certificate  = "cert"
+	Agent        = "agt"
+	Job          = "job"
+	Issuer       = "iss"
+	Profile      = "prof"
+	Target       = "tgt"
+	Intent       = "int"
+	Token        = "jt"
+	ClusterToken = "ct"
+	Cluster      = "cl"
+	Instance     = "run"
+	APIKey       = "key"
+	Audit        = "aud"
+	Key          = "sk"
+	Request      = "req"
 )
 
 // New returns prefix_ and 32 hex digits, sortable by time and unique without coordination.
