@@ -2012,6 +2012,223 @@ func (x *Snapshot) GetPauses() []*PauseIssuer {
 	return nil
 }
 
+// StatusRequest asks how the cluster looks.
+type StatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusRequest) Reset() {
+	*x = StatusRequest{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusRequest) ProtoMessage() {}
+
+func (x *StatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
+func (*StatusRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{29}
+}
+
+// StatusResponse says how the cluster looks from the node that was asked.
+type StatusResponse struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Self      *Member                `protobuf:"bytes,2,opt,name=self,proto3" json:"self,omitempty"`
+	// Empty: nobody leads, as far as this node knows.
+	LeaderId string    `protobuf:"bytes,3,opt,name=leader_id,json=leaderId,proto3" json:"leader_id,omitempty"`
+	Members  []*Member `protobuf:"bytes,4,rep,name=members,proto3" json:"members,omitempty"`
+	// Nodes to which the link stands in both directions.
+	Linked []string `protobuf:"bytes,5,rep,name=linked,proto3" json:"linked,omitempty"`
+	// Agents whose streams this node holds.
+	Agents int64 `protobuf:"varint,6,opt,name=agents,proto3" json:"agents,omitempty"`
+	// Why the store does not answer; empty: it does.
+	StoreError string `protobuf:"bytes,7,opt,name=store_error,json=storeError,proto3" json:"store_error,omitempty"`
+	// What an operator should know or do, a sentence each.
+	Notes         []string `protobuf:"bytes,8,rep,name=notes,proto3" json:"notes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StatusResponse) Reset() {
+	*x = StatusResponse{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StatusResponse) ProtoMessage() {}
+
+func (x *StatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
+func (*StatusResponse) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *StatusResponse) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetSelf() *Member {
+	if x != nil {
+		return x.Self
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetLeaderId() string {
+	if x != nil {
+		return x.LeaderId
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetMembers() []*Member {
+	if x != nil {
+		return x.Members
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetLinked() []string {
+	if x != nil {
+		return x.Linked
+	}
+	return nil
+}
+
+func (x *StatusResponse) GetAgents() int64 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetStoreError() string {
+	if x != nil {
+		return x.StoreError
+	}
+	return ""
+}
+
+func (x *StatusResponse) GetNotes() []string {
+	if x != nil {
+		return x.Notes
+	}
+	return nil
+}
+
+// DrainRequest asks the node to end.
+type DrainRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainRequest) Reset() {
+	*x = DrainRequest{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainRequest) ProtoMessage() {}
+
+func (x *DrainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainRequest.ProtoReflect.Descriptor instead.
+func (*DrainRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{31}
+}
+
+// DrainResponse: it has begun to.
+type DrainResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainResponse) Reset() {
+	*x = DrainResponse{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainResponse) ProtoMessage() {}
+
+func (x *DrainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainResponse.ProtoReflect.Descriptor instead.
+func (*DrainResponse) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{32}
+}
+
 var File_cluster_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_cluster_v1_cluster_proto_rawDesc = "" +
@@ -2146,13 +2363,31 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"\x16configuration_revision\x18\x03 \x01(\x04R\x15configurationRevision\x128\n" +
 	"\x06leases\x18\x04 \x03(\v2 .certmesh.cluster.v1.PermitLeaseR\x06leases\x12\"\n" +
 	"\rlast_lease_id\x18\x05 \x01(\x04R\vlastLeaseId\x128\n" +
-	"\x06pauses\x18\x06 \x03(\v2 .certmesh.cluster.v1.PauseIssuerR\x06pauses2\x9e\x03\n" +
+	"\x06pauses\x18\x06 \x03(\v2 .certmesh.cluster.v1.PauseIssuerR\x06pauses\"\x0f\n" +
+	"\rStatusRequest\"\x9b\x02\n" +
+	"\x0eStatusResponse\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12/\n" +
+	"\x04self\x18\x02 \x01(\v2\x1b.certmesh.cluster.v1.MemberR\x04self\x12\x1b\n" +
+	"\tleader_id\x18\x03 \x01(\tR\bleaderId\x125\n" +
+	"\amembers\x18\x04 \x03(\v2\x1b.certmesh.cluster.v1.MemberR\amembers\x12\x16\n" +
+	"\x06linked\x18\x05 \x03(\tR\x06linked\x12\x16\n" +
+	"\x06agents\x18\x06 \x01(\x03R\x06agents\x12\x1f\n" +
+	"\vstore_error\x18\a \x01(\tR\n" +
+	"storeError\x12\x14\n" +
+	"\x05notes\x18\b \x03(\tR\x05notes\"\x0e\n" +
+	"\fDrainRequest\"\x0f\n" +
+	"\rDrainResponse2\x9e\x03\n" +
 	"\vNodeService\x12O\n" +
 	"\x04Link\x12 .certmesh.cluster.v1.LinkRequest\x1a!.certmesh.cluster.v1.LinkResponse(\x010\x01\x12N\n" +
 	"\x05Peers\x12!.certmesh.cluster.v1.PeersRequest\x1a\".certmesh.cluster.v1.PeersResponse\x12K\n" +
 	"\x04Join\x12 .certmesh.cluster.v1.JoinRequest\x1a!.certmesh.cluster.v1.JoinResponse\x12Q\n" +
 	"\x06Remove\x12\".certmesh.cluster.v1.RemoveRequest\x1a#.certmesh.cluster.v1.RemoveResponse\x12N\n" +
-	"\x05Lease\x12!.certmesh.cluster.v1.LeaseRequest\x1a\".certmesh.cluster.v1.LeaseResponseB<Z:github.com/certmesh/certmesh/protocol/cluster/v1;clusterpbb\x06proto3"
+	"\x05Lease\x12!.certmesh.cluster.v1.LeaseRequest\x1a\".certmesh.cluster.v1.LeaseResponse2\x86\x02\n" +
+	"\x0eConsoleService\x12Q\n" +
+	"\x06Status\x12\".certmesh.cluster.v1.StatusRequest\x1a#.certmesh.cluster.v1.StatusResponse\x12N\n" +
+	"\x05Drain\x12!.certmesh.cluster.v1.DrainRequest\x1a\".certmesh.cluster.v1.DrainResponse\x12Q\n" +
+	"\x06Remove\x12\".certmesh.cluster.v1.RemoveRequest\x1a#.certmesh.cluster.v1.RemoveResponseB<Z:github.com/certmesh/certmesh/protocol/cluster/v1;clusterpbb\x06proto3"
 
 var (
 	file_cluster_v1_cluster_proto_rawDescOnce sync.Once
@@ -2167,7 +2402,7 @@ func file_cluster_v1_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_cluster_v1_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_cluster_v1_cluster_proto_goTypes = []any{
 	(Member_Suffrage)(0),         // 0: certmesh.cluster.v1.Member.Suffrage
 	(*LinkRequest)(nil),          // 1: certmesh.cluster.v1.LinkRequest
@@ -2199,6 +2434,10 @@ var file_cluster_v1_cluster_proto_goTypes = []any{
 	(*EndLeases)(nil),            // 27: certmesh.cluster.v1.EndLeases
 	(*PauseIssuer)(nil),          // 28: certmesh.cluster.v1.PauseIssuer
 	(*Snapshot)(nil),             // 29: certmesh.cluster.v1.Snapshot
+	(*StatusRequest)(nil),        // 30: certmesh.cluster.v1.StatusRequest
+	(*StatusResponse)(nil),       // 31: certmesh.cluster.v1.StatusResponse
+	(*DrainRequest)(nil),         // 32: certmesh.cluster.v1.DrainRequest
+	(*DrainResponse)(nil),        // 33: certmesh.cluster.v1.DrainResponse
 }
 var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	3,  // 0: certmesh.cluster.v1.LinkRequest.hello:type_name -> certmesh.cluster.v1.LinkHello
@@ -2227,21 +2466,29 @@ var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	13, // 23: certmesh.cluster.v1.Snapshot.members:type_name -> certmesh.cluster.v1.Member
 	26, // 24: certmesh.cluster.v1.Snapshot.leases:type_name -> certmesh.cluster.v1.PermitLease
 	28, // 25: certmesh.cluster.v1.Snapshot.pauses:type_name -> certmesh.cluster.v1.PauseIssuer
-	1,  // 26: certmesh.cluster.v1.NodeService.Link:input_type -> certmesh.cluster.v1.LinkRequest
-	11, // 27: certmesh.cluster.v1.NodeService.Peers:input_type -> certmesh.cluster.v1.PeersRequest
-	14, // 28: certmesh.cluster.v1.NodeService.Join:input_type -> certmesh.cluster.v1.JoinRequest
-	16, // 29: certmesh.cluster.v1.NodeService.Remove:input_type -> certmesh.cluster.v1.RemoveRequest
-	18, // 30: certmesh.cluster.v1.NodeService.Lease:input_type -> certmesh.cluster.v1.LeaseRequest
-	2,  // 31: certmesh.cluster.v1.NodeService.Link:output_type -> certmesh.cluster.v1.LinkResponse
-	12, // 32: certmesh.cluster.v1.NodeService.Peers:output_type -> certmesh.cluster.v1.PeersResponse
-	15, // 33: certmesh.cluster.v1.NodeService.Join:output_type -> certmesh.cluster.v1.JoinResponse
-	17, // 34: certmesh.cluster.v1.NodeService.Remove:output_type -> certmesh.cluster.v1.RemoveResponse
-	19, // 35: certmesh.cluster.v1.NodeService.Lease:output_type -> certmesh.cluster.v1.LeaseResponse
-	31, // [31:36] is the sub-list for method output_type
-	26, // [26:31] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	13, // 26: certmesh.cluster.v1.StatusResponse.self:type_name -> certmesh.cluster.v1.Member
+	13, // 27: certmesh.cluster.v1.StatusResponse.members:type_name -> certmesh.cluster.v1.Member
+	1,  // 28: certmesh.cluster.v1.NodeService.Link:input_type -> certmesh.cluster.v1.LinkRequest
+	11, // 29: certmesh.cluster.v1.NodeService.Peers:input_type -> certmesh.cluster.v1.PeersRequest
+	14, // 30: certmesh.cluster.v1.NodeService.Join:input_type -> certmesh.cluster.v1.JoinRequest
+	16, // 31: certmesh.cluster.v1.NodeService.Remove:input_type -> certmesh.cluster.v1.RemoveRequest
+	18, // 32: certmesh.cluster.v1.NodeService.Lease:input_type -> certmesh.cluster.v1.LeaseRequest
+	30, // 33: certmesh.cluster.v1.ConsoleService.Status:input_type -> certmesh.cluster.v1.StatusRequest
+	32, // 34: certmesh.cluster.v1.ConsoleService.Drain:input_type -> certmesh.cluster.v1.DrainRequest
+	16, // 35: certmesh.cluster.v1.ConsoleService.Remove:input_type -> certmesh.cluster.v1.RemoveRequest
+	2,  // 36: certmesh.cluster.v1.NodeService.Link:output_type -> certmesh.cluster.v1.LinkResponse
+	12, // 37: certmesh.cluster.v1.NodeService.Peers:output_type -> certmesh.cluster.v1.PeersResponse
+	15, // 38: certmesh.cluster.v1.NodeService.Join:output_type -> certmesh.cluster.v1.JoinResponse
+	17, // 39: certmesh.cluster.v1.NodeService.Remove:output_type -> certmesh.cluster.v1.RemoveResponse
+	19, // 40: certmesh.cluster.v1.NodeService.Lease:output_type -> certmesh.cluster.v1.LeaseResponse
+	31, // 41: certmesh.cluster.v1.ConsoleService.Status:output_type -> certmesh.cluster.v1.StatusResponse
+	33, // 42: certmesh.cluster.v1.ConsoleService.Drain:output_type -> certmesh.cluster.v1.DrainResponse
+	17, // 43: certmesh.cluster.v1.ConsoleService.Remove:output_type -> certmesh.cluster.v1.RemoveResponse
+	36, // [36:44] is the sub-list for method output_type
+	28, // [28:36] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_cluster_v1_cluster_proto_init() }
@@ -2277,9 +2524,9 @@ func file_cluster_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_v1_cluster_proto_rawDesc), len(file_cluster_v1_cluster_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   29,
+			NumMessages:   33,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_cluster_v1_cluster_proto_goTypes,
 		DependencyIndexes: file_cluster_v1_cluster_proto_depIdxs,
