@@ -2229,6 +2229,88 @@ func (*DrainResponse) Descriptor() ([]byte, []int) {
 	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{32}
 }
 
+// RemoveNodeRequest names the node to take out.
+type RemoveNodeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	NodeId        string                 `protobuf:"bytes,1,opt,name=node_id,json=nodeId,proto3" json:"node_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveNodeRequest) Reset() {
+	*x = RemoveNodeRequest{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveNodeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveNodeRequest) ProtoMessage() {}
+
+func (x *RemoveNodeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveNodeRequest.ProtoReflect.Descriptor instead.
+func (*RemoveNodeRequest) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *RemoveNodeRequest) GetNodeId() string {
+	if x != nil {
+		return x.NodeId
+	}
+	return ""
+}
+
+// RemoveNodeResponse: it is out.
+type RemoveNodeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveNodeResponse) Reset() {
+	*x = RemoveNodeResponse{}
+	mi := &file_cluster_v1_cluster_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveNodeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveNodeResponse) ProtoMessage() {}
+
+func (x *RemoveNodeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_cluster_v1_cluster_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveNodeResponse.ProtoReflect.Descriptor instead.
+func (*RemoveNodeResponse) Descriptor() ([]byte, []int) {
+	return file_cluster_v1_cluster_proto_rawDescGZIP(), []int{34}
+}
+
 var File_cluster_v1_cluster_proto protoreflect.FileDescriptor
 
 const file_cluster_v1_cluster_proto_rawDesc = "" +
@@ -2377,17 +2459,21 @@ const file_cluster_v1_cluster_proto_rawDesc = "" +
 	"storeError\x12\x14\n" +
 	"\x05notes\x18\b \x03(\tR\x05notes\"\x0e\n" +
 	"\fDrainRequest\"\x0f\n" +
-	"\rDrainResponse2\x9e\x03\n" +
+	"\rDrainResponse\",\n" +
+	"\x11RemoveNodeRequest\x12\x17\n" +
+	"\anode_id\x18\x01 \x01(\tR\x06nodeId\"\x14\n" +
+	"\x12RemoveNodeResponse2\x9e\x03\n" +
 	"\vNodeService\x12O\n" +
 	"\x04Link\x12 .certmesh.cluster.v1.LinkRequest\x1a!.certmesh.cluster.v1.LinkResponse(\x010\x01\x12N\n" +
 	"\x05Peers\x12!.certmesh.cluster.v1.PeersRequest\x1a\".certmesh.cluster.v1.PeersResponse\x12K\n" +
 	"\x04Join\x12 .certmesh.cluster.v1.JoinRequest\x1a!.certmesh.cluster.v1.JoinResponse\x12Q\n" +
 	"\x06Remove\x12\".certmesh.cluster.v1.RemoveRequest\x1a#.certmesh.cluster.v1.RemoveResponse\x12N\n" +
-	"\x05Lease\x12!.certmesh.cluster.v1.LeaseRequest\x1a\".certmesh.cluster.v1.LeaseResponse2\x86\x02\n" +
+	"\x05Lease\x12!.certmesh.cluster.v1.LeaseRequest\x1a\".certmesh.cluster.v1.LeaseResponse2\x92\x02\n" +
 	"\x0eConsoleService\x12Q\n" +
 	"\x06Status\x12\".certmesh.cluster.v1.StatusRequest\x1a#.certmesh.cluster.v1.StatusResponse\x12N\n" +
-	"\x05Drain\x12!.certmesh.cluster.v1.DrainRequest\x1a\".certmesh.cluster.v1.DrainResponse\x12Q\n" +
-	"\x06Remove\x12\".certmesh.cluster.v1.RemoveRequest\x1a#.certmesh.cluster.v1.RemoveResponseB<Z:github.com/certmesh/certmesh/protocol/cluster/v1;clusterpbb\x06proto3"
+	"\x05Drain\x12!.certmesh.cluster.v1.DrainRequest\x1a\".certmesh.cluster.v1.DrainResponse\x12]\n" +
+	"\n" +
+	"RemoveNode\x12&.certmesh.cluster.v1.RemoveNodeRequest\x1a'.certmesh.cluster.v1.RemoveNodeResponseB<Z:github.com/certmesh/certmesh/protocol/cluster/v1;clusterpbb\x06proto3"
 
 var (
 	file_cluster_v1_cluster_proto_rawDescOnce sync.Once
@@ -2402,7 +2488,7 @@ func file_cluster_v1_cluster_proto_rawDescGZIP() []byte {
 }
 
 var file_cluster_v1_cluster_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
+var file_cluster_v1_cluster_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_cluster_v1_cluster_proto_goTypes = []any{
 	(Member_Suffrage)(0),         // 0: certmesh.cluster.v1.Member.Suffrage
 	(*LinkRequest)(nil),          // 1: certmesh.cluster.v1.LinkRequest
@@ -2438,6 +2524,8 @@ var file_cluster_v1_cluster_proto_goTypes = []any{
 	(*StatusResponse)(nil),       // 31: certmesh.cluster.v1.StatusResponse
 	(*DrainRequest)(nil),         // 32: certmesh.cluster.v1.DrainRequest
 	(*DrainResponse)(nil),        // 33: certmesh.cluster.v1.DrainResponse
+	(*RemoveNodeRequest)(nil),    // 34: certmesh.cluster.v1.RemoveNodeRequest
+	(*RemoveNodeResponse)(nil),   // 35: certmesh.cluster.v1.RemoveNodeResponse
 }
 var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	3,  // 0: certmesh.cluster.v1.LinkRequest.hello:type_name -> certmesh.cluster.v1.LinkHello
@@ -2475,7 +2563,7 @@ var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	18, // 32: certmesh.cluster.v1.NodeService.Lease:input_type -> certmesh.cluster.v1.LeaseRequest
 	30, // 33: certmesh.cluster.v1.ConsoleService.Status:input_type -> certmesh.cluster.v1.StatusRequest
 	32, // 34: certmesh.cluster.v1.ConsoleService.Drain:input_type -> certmesh.cluster.v1.DrainRequest
-	16, // 35: certmesh.cluster.v1.ConsoleService.Remove:input_type -> certmesh.cluster.v1.RemoveRequest
+	34, // 35: certmesh.cluster.v1.ConsoleService.RemoveNode:input_type -> certmesh.cluster.v1.RemoveNodeRequest
 	2,  // 36: certmesh.cluster.v1.NodeService.Link:output_type -> certmesh.cluster.v1.LinkResponse
 	12, // 37: certmesh.cluster.v1.NodeService.Peers:output_type -> certmesh.cluster.v1.PeersResponse
 	15, // 38: certmesh.cluster.v1.NodeService.Join:output_type -> certmesh.cluster.v1.JoinResponse
@@ -2483,7 +2571,7 @@ var file_cluster_v1_cluster_proto_depIdxs = []int32{
 	19, // 40: certmesh.cluster.v1.NodeService.Lease:output_type -> certmesh.cluster.v1.LeaseResponse
 	31, // 41: certmesh.cluster.v1.ConsoleService.Status:output_type -> certmesh.cluster.v1.StatusResponse
 	33, // 42: certmesh.cluster.v1.ConsoleService.Drain:output_type -> certmesh.cluster.v1.DrainResponse
-	17, // 43: certmesh.cluster.v1.ConsoleService.Remove:output_type -> certmesh.cluster.v1.RemoveResponse
+	35, // 43: certmesh.cluster.v1.ConsoleService.RemoveNode:output_type -> certmesh.cluster.v1.RemoveNodeResponse
 	36, // [36:44] is the sub-list for method output_type
 	28, // [28:36] is the sub-list for method input_type
 	28, // [28:28] is the sub-list for extension type_name
@@ -2524,7 +2612,7 @@ func file_cluster_v1_cluster_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_cluster_v1_cluster_proto_rawDesc), len(file_cluster_v1_cluster_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   33,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

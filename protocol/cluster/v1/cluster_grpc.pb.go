@@ -289,9 +289,9 @@ var NodeService_ServiceDesc = grpc.ServiceDesc{
 }
 
 const (
-	ConsoleService_Status_FullMethodName = "/certmesh.cluster.v1.ConsoleService/Status"
-	ConsoleService_Drain_FullMethodName  = "/certmesh.cluster.v1.ConsoleService/Drain"
-	ConsoleService_Remove_FullMethodName = "/certmesh.cluster.v1.ConsoleService/Remove"
+	ConsoleService_Status_FullMethodName     = "/certmesh.cluster.v1.ConsoleService/Status"
+	ConsoleService_Drain_FullMethodName      = "/certmesh.cluster.v1.ConsoleService/Drain"
+	ConsoleService_RemoveNode_FullMethodName = "/certmesh.cluster.v1.ConsoleService/RemoveNode"
 )
 
 // ConsoleServiceClient is the client API for ConsoleService service.
@@ -305,8 +305,8 @@ type ConsoleServiceClient interface {
 	// Drain makes the node do what it does on SIGTERM: agents are moved to the other nodes, leadership is given away, the
 	// process ends. The answer comes when that has begun.
 	Drain(ctx context.Context, in *DrainRequest, opts ...grpc.CallOption) (*DrainResponse, error)
-	// Remove takes another node out of the cluster for good: out of Raft, and out of the store's list of nodes.
-	Remove(ctx context.Context, in *RemoveRequest, opts ...grpc.CallOption) (*RemoveResponse, error)
+	// RemoveNode takes another node out of the cluster for good: out of Raft, and out of the store's list of nodes.
+	RemoveNode(ctx context.Context, in *RemoveNodeRequest, opts ...grpc.CallOption) (*RemoveNodeResponse, error)
 }
 
 type consoleServiceClient struct {
@@ -337,10 +337,10 @@ func (c *consoleServiceClient) Drain(ctx context.Context, in *DrainRequest, opts
 	return out, nil
 }
 
-func (c *consoleServiceClient) Remove(ctx context.Context, in *RemoveRequest, opts ...grpc.CallOption) (*RemoveResponse, error) {
+func (c *consoleServiceClient) RemoveNode(ctx context.Context, in *RemoveNodeRequest, opts ...grpc.CallOption) (*RemoveNodeResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(RemoveResponse)
-	err := c.cc.Invoke(ctx, ConsoleService_Remove_FullMethodName, in, out, cOpts...)
+	out := new(RemoveNodeResponse)
+	err := c.cc.Invoke(ctx, ConsoleService_RemoveNode_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -358,8 +358,8 @@ type ConsoleServiceServer interface {
 	// Drain makes the node do what it does on SIGTERM: agents are moved to the other nodes, leadership is given away, the
 	// process ends. The answer comes when that has begun.
 	Drain(context.Context, *DrainRequest) (*DrainResponse, error)
-	// Remove takes another node out of the cluster for good: out of Raft, and out of the store's list of nodes.
-	Remove(context.Context, *RemoveRequest) (*RemoveResponse, error)
+	// RemoveNode takes another node out of the cluster for good: out of Raft, and out of the store's list of nodes.
+	RemoveNode(context.Context, *RemoveNodeRequest) (*RemoveNodeResponse, error)
 	mustEmbedUnimplementedConsoleServiceServer()
 }
 
@@ -376,8 +376,8 @@ func (UnimplementedConsoleServiceServer) Status(context.Context, *StatusRequest)
 func (UnimplementedConsoleServiceServer) Drain(context.Context, *DrainRequest) (*DrainResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Drain not implemented")
 }
-func (UnimplementedConsoleServiceServer) Remove(context.Context, *RemoveRequest) (*RemoveResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method Remove not implemented")
+func (UnimplementedConsoleServiceServer) RemoveNode(context.Context, *RemoveNodeRequest) (*RemoveNodeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RemoveNode not implemented")
 }
 func (UnimplementedConsoleServiceServer) mustEmbedUnimplementedConsoleServiceServer() {}
 func (UnimplementedConsoleServiceServer) testEmbeddedByValue()                        {}
@@ -436,20 +436,20 @@ func _ConsoleService_Drain_Handler(srv interface{}, ctx context.Context, dec fun
 	return interceptor(ctx, in, info, handler)
 }
 
-func _ConsoleService_Remove_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(RemoveRequest)
+func _ConsoleService_RemoveNode_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RemoveNodeRequest)
 	if err := dec(in); err != nil {
 		return nil, err
 	}
 	if interceptor == nil {
-		return srv.(ConsoleServiceServer).Remove(ctx, in)
+		return srv.(ConsoleServiceServer).RemoveNode(ctx, in)
 	}
 	info := &grpc.UnaryServerInfo{
 		Server:     srv,
-		FullMethod: ConsoleService_Remove_FullMethodName,
+		FullMethod: ConsoleService_RemoveNode_FullMethodName,
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(ConsoleServiceServer).Remove(ctx, req.(*RemoveRequest))
+		return srv.(ConsoleServiceServer).RemoveNode(ctx, req.(*RemoveNodeRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -470,8 +470,8 @@ var ConsoleService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _ConsoleService_Drain_Handler,
 		},
 		{
-			MethodName: "Remove",
-			Handler:    _ConsoleService_Remove_Handler,
+			MethodName: "RemoveNode",
+			Handler:    _ConsoleService_RemoveNode_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
