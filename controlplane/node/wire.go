@@ -64,7 +64,8 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		return nil, err
 	}
 	if p.duties, err = duty.NewRunner(duty.Config{Node: n.cfg.Node.ID, Store: n.store, Clock: n.clk, Log: n.log, Metrics: metrics,
-		Duties: duty.Table(duty.Deps{Node: n.cfg.Node.ID, Store: n.store, Settings: n.dutySettings(), Since: n.clk.Now(), Wake: p.sessions.Wake, Log: n.log,
+		Duties: duty.Table(duty.Deps{Node: n.cfg.Node.ID, Store: n.store, Settings: n.dutySettings(), Since: n.clk.Now(), Wake: p.sessions.Wake,
+			WakeHeld: p.sessions.WakeLocal, Log: n.log,
 			CRLs: &crl.Builder{Store: n.store, Signer: authorities.signer, Validity: n.cfg.PKI.CRLValidity, Log: n.log}})}); err != nil {
 		return nil, err
 	}

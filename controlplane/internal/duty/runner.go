@@ -5,6 +5,9 @@
 // A duty only creates work and sweeps; it never dispatches. A fenced duty writes under an epoch that the database
 // minted when the duty was taken: a node that was paused and has been replaced cannot commit (domain/fence.go). Its own
 // belief that it still holds the duty is worth nothing.
+//
+// In a cluster the node that leads runs the fenced duties: Lead takes them all and runs each at once, Lapse cancels what
+// runs and forgets the fences. That spares the others the work; what keeps two nodes apart is the fence.
 package duty
 
 import (
@@ -31,7 +34,7 @@ type Duty struct {
 	Interval time.Duration
 	// Deadline bounds one run.
 	Deadline time.Duration
-	// Fenced duties are held by one node of the cluster; the others run on every node.
+	// Fenced duties are held by the node that leads; the others run on every node.
 	Fenced bool
 	// Run does the duty once. A time other than zero asks for the next run at that time if it is before the interval's
 	// end. A Conflict fault means that another node holds the duty.
@@ -45,12 +48,16 @@ type Taker interface {
 
 // Config is what a Runner needs.
 type Config struct {
-	Node    string
-	Duties  []Duty
-	Store   Taker
-	Clock   clockwork.Clock
-	Log     *slog.Logger
-	Metrics prometheus.Registerer
+	Node   string
+	Duties []Duty
+	Store  Taker
+	// Elected: this node leads between Lead and Lapse only. Otherwise it leads from the start, and for good.
+	Elected bool
+	// RemoteTrigger asks the node that leads to run a fenced duty soon; nil when there is no other. It must not block.
+	RemoteTrigger func(duty string)
+	Clock         clockwork.Clock
+	Log           *slog.Logger
+	Metrics       prometheus.Registerer
 	// Jitter returns a number in [0,1); nil means a random one.
 	Jitter func() float64
 }
@@ -72,6 +79,8 @@ type Runner struct {
 	done    sync.WaitGroup
 	mu      sync.Mutex
 	started bool
+	// term is the leadership of this node; nil: it does not lead.
+	term *term
 
 	runs    *prometheus.CounterVec
 	seconds *prometheus.HistogramVec
@@ -81,13 +90,29 @@ type loop struct {
 	Duty
 	wake chan struct{}
 
+	// fence was taken in held; told: its taken was. They are the loop's own.
+	fence domain.Fence
+	held  *term
+	told  bool
+
 	mu     sync.Mutex
 	status Status
-	fence  domain.Fence
 }
 
-// minPause keeps a duty that always asks to be called at once from spinning.
-const minPause = 200 * time.Millisecond
+// term is one leadership of this node.
+type term struct {
+	ctx    context.Context
+	cancel context.CancelFunc
+	// taken receives, once for each fenced duty, whether its fence could be taken. There is room for all.
+	taken chan error
+}
+
+const (
+	// minPause keeps a duty that always asks to be called at once from spinning.
+	minPause = 200 * time.Millisecond
+	// takePause is when a fence that could not be taken, or was lost, is taken anew.
+	takePause = 2 * time.Second
+)
 
 // NewRunner checks the table and prepares a Runner.
 func NewRunner(cfg Config) (*Runner, error) {
@@ -116,7 +141,74 @@ func NewRunner(cfg Config) (*Runner, error) {
 		r.loops = append(r.loops, &loop{Duty: d, wake: make(chan struct{}, 1),
 			status: Status{Name: d.Name, Interval: d.Interval}})
 	}
+	if !cfg.Elected {
+		r.term = r.newTerm()
+	}
 	return r, nil
+}
+
+func (r *Runner) newTerm() *term {
+	t := &term{taken: make(chan error, len(r.loops))}
+	t.ctx, t.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // a term ends by Lapse or Stop, not with whoever began it
+	return t
+}
+
+// Lead makes this node run the fenced duties: each is taken and run at once, none waits for another. It returns when all
+// have been taken, or were tried to; the error names those that could not, which are tried again until Lapse. Retryable,
+// too, when ctx or the leadership ended first. Before Start it only says who leads; leading already it does nothing.
+func (r *Runner) Lead(ctx context.Context) error {
+	r.mu.Lock()
+	if r.term != nil {
+		r.mu.Unlock()
+		return nil
+	}
+	t := r.newTerm()
+	r.term = t
+	started := r.started
+	r.mu.Unlock()
+	if !started {
+		return nil
+	}
+	var failed []error
+	fenced := 0
+	for _, l := range r.loops {
+		if l.Fenced {
+			fenced++
+			l.signal()
+		}
+	}
+	for range fenced {
+		select {
+		case err := <-t.taken:
+			failed = append(failed, err)
+		case <-t.ctx.Done():
+			return fault.New(fault.Retryable, "the leadership ended before all duties were taken")
+		case <-ctx.Done():
+			return fault.Wrap(fault.Retryable, context.Cause(ctx), "not all duties could be taken in time")
+		}
+	}
+	return errors.Join(failed...)
+}
+
+// Lapse is the mirror image of Lead: fenced duties that run are cancelled and none begins. It does not wait for them: what
+// they still write the fence refuses, once another node has taken it. Not leading it does nothing.
+func (r *Runner) Lapse() {
+	r.mu.Lock()
+	t := r.term
+	r.term = nil
+	r.mu.Unlock()
+	if t != nil {
+		t.cancel()
+	}
+}
+
+// Leads reports whether this node runs the fenced duties.
+func (r *Runner) Leads() bool { return r.leading() != nil }
+
+func (r *Runner) leading() *term {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.term
 }
 
 // Start begins all duties. Starting twice is a no-op.
@@ -147,42 +239,62 @@ func (r *Runner) Stop() {
 	r.done.Wait()
 }
 
-// Trigger asks for a run of the named duty as soon as possible; several requests before it begins are one.
-func (r *Runner) Trigger(name string) {
+// Trigger asks for a run of the named duty as soon as possible, on the node that leads if it is fenced; several requests
+// before it begins are one.
+func (r *Runner) Trigger(name string) { r.trigger(name, r.cfg.RemoteTrigger) }
+
+// TriggerHeld is Trigger for what another node asked: it is not passed on if this node does not lead any more.
+func (r *Runner) TriggerHeld(name string) { r.trigger(name, nil) }
+
+func (r *Runner) trigger(name string, elsewhere func(string)) {
 	for _, l := range r.loops {
-		if l.Name == name {
-			select {
-			case l.wake <- struct{}{}:
-			default:
-			}
+		switch {
+		case l.Name != name:
+		case !l.Fenced || r.Leads():
+			l.signal()
+		case elsewhere != nil:
+			elsewhere(name)
 		}
 	}
 }
 
-// Status lists all duties in the table's order.
+func (l *loop) signal() {
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Status lists all duties in the table's order. A duty that another node runs has no epoch here.
 func (r *Runner) Status() []Status {
+	leads := r.Leads()
 	out := make([]Status, 0, len(r.loops))
 	for _, l := range r.loops {
 		l.mu.Lock()
-		out = append(out, l.status)
+		s := l.status
 		l.mu.Unlock()
+		if l.Fenced && !leads {
+			s.Epoch = 0
+		}
+		out = append(out, s)
 	}
 	return out
 }
 
 // run is one duty's life. The first run comes after at most a tenth of the interval, so that a restart neither delays
-// what is due nor runs everything in the same instant.
+// what is due nor runs everything in the same instant; a new leader runs at once. While another node leads, a fenced duty
+// waits for Lead alone.
 func (r *Runner) run(ctx context.Context, l *loop) {
 	pause := time.Duration(r.cfg.Jitter() * float64(min(l.Interval/10, 2*time.Second)))
-	for {
-		t := r.cfg.Clock.NewTimer(pause)
-		select {
-		case <-ctx.Done():
-			t.Stop()
-			return
-		case <-l.wake:
-			t.Stop()
-		case <-t.Chan():
+	for l.wait(ctx, r, pause) {
+		if l.Fenced {
+			t := r.leading()
+			if t == nil {
+				continue
+			}
+			if l.held != t {
+				l.held, l.told, l.fence = t, false, domain.Fence{}
+			}
 		}
 		next := r.once(ctx, l)
 		if ctx.Err() != nil {
@@ -195,20 +307,47 @@ func (r *Runner) run(ctx context.Context, l *loop) {
 	}
 }
 
+// wait waits for the pause or for a signal; without leadership, for a signal. False: the runner stops.
+func (l *loop) wait(ctx context.Context, r *Runner, pause time.Duration) bool {
+	var passed <-chan time.Time
+	if !l.Fenced || r.Leads() {
+		t := r.cfg.Clock.NewTimer(pause)
+		defer t.Stop()
+		passed = t.Chan()
+	}
+	select {
+	case <-ctx.Done():
+		return false
+	case <-l.wake:
+	case <-passed:
+	}
+	return ctx.Err() == nil
+}
+
 func (r *Runner) once(ctx context.Context, l *loop) time.Time {
 	ctx, cancel := context.WithTimeout(ctx, l.Deadline)
 	defer cancel()
+	if l.Fenced {
+		defer context.AfterFunc(l.held.ctx, cancel)()
+	}
 	start := r.cfg.Clock.Now()
 	next, err := r.guarded(ctx, l, start)
+	if l.Fenced && r.leading() != l.held {
+		return time.Time{} // what it says of itself was said without the duty
+	}
 	r.seconds.WithLabelValues(l.Name).Observe(r.cfg.Clock.Since(start).Seconds())
 
 	outcome := "ok"
 	switch {
 	case err == nil:
 	case fault.Is(err, fault.Conflict) && l.Fenced:
-		// Another node took the duty, or the fence was lost to a restore: believe nothing, take it anew next time.
+		// Another node took the duty, or the fence was lost to a restore: believe nothing, take it anew next time. Soon
+		// only where a leader that was taken over is told so: two nodes that nobody elects would take it from each other.
 		outcome, next = "lost", time.Time{}
 		l.fence = domain.Fence{}
+		if r.cfg.Elected {
+			next = start.Add(takePause)
+		}
 		r.cfg.Log.Info("duty is held elsewhere", "duty", l.Name, "error", err)
 	case ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled):
 		return time.Time{}
@@ -216,6 +355,9 @@ func (r *Runner) once(ctx context.Context, l *loop) time.Time {
 		outcome = "error"
 		if p := (*panicked)(nil); errors.As(err, &p) {
 			outcome = "panic"
+		}
+		if l.Fenced && l.fence.Epoch == 0 {
+			next = start.Add(takePause)
 		}
 		r.cfg.Log.Error("duty failed", "duty", l.Name, "error", err)
 	}
@@ -243,7 +385,14 @@ func (r *Runner) guarded(ctx context.Context, l *loop, now time.Time) (next time
 	if l.Fenced && l.fence.Epoch == 0 {
 		f, err := r.cfg.Store.TakeDuty(ctx, l.Name, r.cfg.Node, domain.Micro(now))
 		if err != nil {
-			return time.Time{}, fmt.Errorf("take duty %s: %w", l.Name, err)
+			err = fmt.Errorf("take duty %s: %w", l.Name, err)
+		}
+		if !l.told {
+			l.told = true
+			l.held.taken <- err
+		}
+		if err != nil {
+			return time.Time{}, err
 		}
 		l.fence = f
 	}

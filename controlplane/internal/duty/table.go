@@ -63,9 +63,11 @@ type Deps struct {
 	// Since is when this node started: agents could not reach it before and are not judged by silence until they have had
 	// as long as any.
 	Since time.Time
-	// Wake tells the node that holds an agent's stream to look for work.
-	Wake func(agentID string)
-	Log  *slog.Logger
+	// Wake tells the node that holds an agent's stream to look for work, WakeHeld this node alone, about agents that it
+	// holds.
+	Wake     func(agentID string)
+	WakeHeld func(agentIDs []string)
+	Log      *slog.Logger
 }
 
 // batch is how many rows one transaction of a duty touches: enough to amortise the commit, few enough to stay far
@@ -185,9 +187,7 @@ func (d Deps) jobProcessor(ctx context.Context, _ domain.Fence, _ time.Time) (ti
 	if err != nil {
 		return time.Time{}, fmt.Errorf("find agents with open jobs: %w", err)
 	}
-	for _, a := range agents {
-		d.Wake(a)
-	}
+	d.WakeHeld(agents)
 	return time.Time{}, nil
 }
 

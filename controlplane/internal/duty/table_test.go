@@ -144,6 +144,11 @@ func (m *memory) Build(_ context.Context, f domain.Fence, now time.Time) (time.T
 func (m *memory) deps() Deps {
 	return Deps{Node: "n1", Store: m, CRLs: m, Log: slog.New(slog.DiscardHandler),
 		Wake: func(agentID string) { m.log = append(m.log, "wake "+agentID) },
+		WakeHeld: func(agentIDs []string) {
+			for _, a := range agentIDs {
+				m.log = append(m.log, "wake held "+a)
+			}
+		},
 		Settings: Settings{RenewalCheck: time.Hour, JobProcessor: 30 * time.Second, JobRetry: 5 * time.Minute, JobTimeout: 10 * time.Minute, AgentHealth: 2 * time.Minute,
 			ShortLivedExpiry: 30 * time.Second, CRLGeneration: time.Hour, Retention: time.Hour, Limits: domain.ReapLimits{Running: time.Hour},
 			AgentStale: time.Minute, AgentOffline: 5 * time.Minute, KeepJobs: 24 * time.Hour}}
@@ -334,7 +339,7 @@ func TestSweepsRunToTheEnd(t *testing.T) {
 	if _, err := m.run(t, AgentHealth); err != nil || !m.stale[0].Equal(now.Add(-time.Minute)) || !m.stale[1].Equal(now.Add(-5*time.Minute)) {
 		t.Errorf("agents silent since %v, %v", m.stale, err)
 	}
-	if _, err := m.run(t, JobProcessor); err != nil || !slices.Equal(m.log, []string{"wake agt_1 on n1", "wake agt_2 on n1"}) {
+	if _, err := m.run(t, JobProcessor); err != nil || !slices.Equal(m.log, []string{"wake held agt_1 on n1", "wake held agt_2 on n1"}) {
 		t.Errorf("woke %v, %v", m.log, err)
 	}
 	if next, err := m.run(t, CRLGeneration); err != nil || !next.Equal(now.Add(time.Hour)) {

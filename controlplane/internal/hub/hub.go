@@ -2,6 +2,9 @@
 // content; whoever watches reads again what it shows. Publishing never blocks and never fails: what a subscriber has
 // not taken yet is merged per resource, up to a bound, beyond which it is told that it has missed some (lagged) and
 // reads everything again. However many subscribe, the store is asked by nobody on the hub's account.
+//
+// Of what happens on other nodes of a cluster it hears by Relay. Who carries notices between nodes subscribes by
+// SubscribeOwn, which leaves those out, so that no notice goes round.
 package hub
 
 import (
@@ -46,6 +49,22 @@ func (h *Hub) Publish(notices ...Notice) {
 	}
 }
 
+// Relay tells every subscriber but those of SubscribeOwn what another node has published; more says that some of it is
+// not named, so that all of them lag.
+func (h *Hub) Relay(notices []Notice, more bool) {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	for s := range h.subs {
+		if s.own {
+			continue
+		}
+		s.add(notices)
+		if more {
+			s.lag()
+		}
+	}
+}
+
 // Subscribers is how many there are now.
 func (h *Hub) Subscribers() int {
 	h.mu.RLock()
@@ -56,7 +75,14 @@ func (h *Hub) Subscribers() int {
 // Subscribe returns a subscription to the given kinds (empty: all) and, unless id is empty, to that resource alone.
 // The caller ends it by Close.
 func (h *Hub) Subscribe(kinds []string, id string) *Subscription {
-	s := &Subscription{hub: h, kinds: kinds, id: id, seen: map[Notice]struct{}{}, wake: make(chan struct{}, 1)}
+	return h.subscribe(&Subscription{kinds: kinds, id: id})
+}
+
+// SubscribeOwn returns a subscription to all that is published on this node, without what Relay brings from others.
+func (h *Hub) SubscribeOwn() *Subscription { return h.subscribe(&Subscription{own: true}) }
+
+func (h *Hub) subscribe(s *Subscription) *Subscription {
+	s.hub, s.seen, s.wake = h, map[Notice]struct{}{}, make(chan struct{}, 1)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.subs[s] = struct{}{}
@@ -68,6 +94,7 @@ type Subscription struct {
 	hub   *Hub
 	kinds []string
 	id    string
+	own   bool
 	// wake coalesces: one token says "there is something to take", however much it is.
 	wake chan struct{}
 
@@ -93,10 +120,22 @@ func (s *Subscription) add(notices []Notice) {
 			s.pending = append(s.pending, n)
 			s.seen[n] = struct{}{}
 		}
-		select {
-		case s.wake <- struct{}{}:
-		default:
-		}
+		s.signal()
+	}
+}
+
+// lag has the subscriber read everything again.
+func (s *Subscription) lag() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lagged = true
+	s.signal()
+}
+
+func (s *Subscription) signal() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
 	}
 }
 

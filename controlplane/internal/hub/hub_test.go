@@ -96,3 +96,31 @@ func TestThousandWatchersOneSource(t *testing.T) {
 		t.Errorf("%d subscriptions are left", n)
 	}
 }
+
+func TestWhatOtherNodesSayGoesRoundOnce(t *testing.T) {
+	t.Parallel()
+	h := New()
+	watcher, link := h.Subscribe([]string{Jobs}, ""), h.SubscribeOwn()
+	defer watcher.Close()
+	defer link.Close()
+	h.Relay([]Notice{{Jobs, "job_far"}, {Agents, "agt_far"}}, false)
+	h.Publish(Notice{Agents, "agt_near"})
+	<-watcher.Changed()
+	if got, lagged := watcher.Take(); lagged || !slices.Equal(got, []Notice{{Jobs, "job_far"}}) {
+		t.Errorf("a watcher is told %v, lagged=%v", got, lagged)
+	}
+	<-link.Changed()
+	if got, lagged := link.Take(); lagged || !slices.Equal(got, []Notice{{Agents, "agt_near"}}) {
+		t.Errorf("other nodes are told %v, lagged=%v", got, lagged)
+	}
+	h.Relay(nil, true)
+	<-watcher.Changed()
+	if got, lagged := watcher.Take(); len(got) != 0 || !lagged {
+		t.Errorf("after a gap: %v, lagged=%v", got, lagged)
+	}
+	select {
+	case <-link.Changed():
+		t.Error("a gap of another node is told to the others")
+	default:
+	}
+}

@@ -242,6 +242,34 @@ func (f *fakeStore) SessionHolders(_ context.Context, ids []string) (map[string]
 	return out, nil
 }
 
+func (f *fakeStore) Standings(_ context.Context, held []domain.HeldStream) ([]domain.Standing, error) {
+	if err := f.enter("Standings"); err != nil {
+		return nil, err
+	}
+	defer f.mu.Unlock()
+	out := make([]domain.Standing, len(held))
+	for i, h := range held {
+		a, id := f.agents[h.AgentID], f.identities[h.IdentitySerial]
+		out[i] = domain.Standing{Session: f.sessions[h.AgentID], State: a.State, Reason: a.Reason,
+			Revoked: id.AgentID == h.AgentID && !id.RevokedAt.IsZero()}
+	}
+	return out, nil
+}
+
+func (f *fakeStore) AgentsWithOpenJobs(_ context.Context, node string, limit int) ([]string, error) {
+	if err := f.enter("AgentsWithOpenJobs"); err != nil {
+		return nil, err
+	}
+	defer f.mu.Unlock()
+	found := map[string]bool{}
+	for _, j := range f.jobs {
+		if j.State.Open() && f.sessions[j.AgentID].Holder == node && len(found) < limit {
+			found[j.AgentID] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(found)), nil
+}
+
 func (f *fakeStore) FlushSeen(_ context.Context, seen []domain.Seen) error {
 	if err := f.enter("FlushSeen"); err != nil {
 		return err
@@ -541,6 +569,18 @@ func (f *fakeStore) TargetsOfAgent(_ context.Context, agentID string) ([]domain.
 		if t := f.targets[id]; t.AgentID == agentID {
 			out = append(out, t)
 		}
+	}
+	return out, nil
+}
+
+func (f *fakeStore) TargetsOfAgents(ctx context.Context, agentIDs []string) (map[string][]domain.Target, error) {
+	out := map[string][]domain.Target{}
+	for _, id := range agentIDs {
+		all, err := f.TargetsOfAgent(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		out[id] = all
 	}
 	return out, nil
 }

@@ -118,7 +118,13 @@ type plane struct {
 func newPlane(t *testing.T, change ...func(*Config)) *plane {
 	t.Helper()
 	mesh := newMesh(t, time.Now())
-	p := &plane{t: t, mesh: mesh, store: newFakeStore([][]byte{mesh.Root().Raw}), hub: hub.New()}
+	return newPlaneOver(t, mesh, newFakeStore([][]byte{mesh.Root().Raw}), change...)
+}
+
+// newPlaneOver is one of several nodes over one store.
+func newPlaneOver(t *testing.T, mesh *ca.Authority, store *fakeStore, change ...func(*Config)) *plane {
+	t.Helper()
+	p := &plane{t: t, mesh: mesh, store: store, hub: hub.New()}
 	cfg := Config{NodeID: testNode, TrustDomain: testDomain, Store: p.store, Mesh: func() *ca.Authority { return mesh }, Issue: p.store, Hub: p.hub,
 		Clock: clockwork.NewRealClock(), Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(), NewID: id.New,
 		IdentityTTL: time.Hour, VerifyTimeout: 5 * time.Second, BeatInterval: 30 * time.Second, Handshakes: 64}

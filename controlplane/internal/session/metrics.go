@@ -12,6 +12,7 @@ type metrics struct {
 
 	received, sent, assigned, results, refused *prometheus.CounterVec
 	timeouts, unknownLeaves                    prometheus.Counter
+	wakesSent, wakesReceived, resyncs, moved   prometheus.Counter
 }
 
 func newMetrics(s *Server) *metrics {
@@ -32,11 +33,16 @@ func newMetrics(s *Server) *metrics {
 		refused:       vec("handshakes_refused_total", "Hellos, enrolments and renewals refused, by reason.", "reason"),
 		timeouts:      one("send_timeouts_total", "Streams ended because the agent did not read."),
 		unknownLeaves: one("unknown_leaves_total", "Leaves that agents hold and that are not on record."),
+		wakesSent:     one("remote_wakes_sent_total", "Agents that other nodes were asked to wake."),
+		wakesReceived: one("remote_wakes_received_total", "Agents that other nodes asked this one to wake."),
+		resyncs:       one("resyncs_total", "Looks at all agents held, after a link to another node was made anew."),
+		moved:         one("moved_total", "Agents that were asked to connect to another node."),
 	}
 }
 
 func (m *metrics) all() []prometheus.Collector {
-	return []prometheus.Collector{m.sessions, m.held, m.received, m.sent, m.assigned, m.results, m.refused, m.timeouts, m.unknownLeaves}
+	return []prometheus.Collector{m.sessions, m.held, m.received, m.sent, m.assigned, m.results, m.refused, m.timeouts, m.unknownLeaves,
+		m.wakesSent, m.wakesReceived, m.resyncs, m.moved}
 }
 
 // gauges are sums over the streams, made when they are asked for: nothing is counted along the way.

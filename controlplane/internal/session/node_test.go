@@ -15,27 +15,6 @@ import (
 	agentpb "github.com/certmesh/certmesh/protocol/agent/v1"
 )
 
-// TestRemoteWake: an agent that another node holds is woken there; one that nobody holds is not.
-func TestRemoteWake(t *testing.T) {
-	t.Parallel()
-	woken := make(chan string, 4)
-	p := newPlane(t, func(c *Config) { c.RemoteWake = func(node, agentID string) { woken <- node + " " + agentID } })
-	p.store.mu.Lock()
-	p.store.sessions["agt_far"] = domain.Session{AgentID: "agt_far", Epoch: 3, Holder: "node-2"}
-	p.store.sessions["agt_gone"] = domain.Session{AgentID: "agt_gone", Epoch: 3}
-	p.store.mu.Unlock()
-	p.srv.Wake("agt_gone")
-	p.srv.Wake("agt_unknown")
-	p.srv.Wake("agt_far")
-	if got := <-woken; got != "node-2 agt_far" {
-		t.Fatalf("woken: %s", got)
-	}
-	eventually(t, "all holders were read", func() bool { return p.store.count("SessionHolders") == 3 })
-	if len(woken) != 0 {
-		t.Errorf("woken too: %s", <-woken)
-	}
-}
-
 // TestWhatOperatorsSee: holding, counting, credits and metrics follow the streams.
 func TestWhatOperatorsSee(t *testing.T) {
 	t.Parallel()

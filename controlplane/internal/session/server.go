@@ -18,7 +18,6 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/certmesh/certmesh/controlplane/internal/ca"
-	"github.com/certmesh/certmesh/controlplane/internal/dispatch"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/hub"
 	"github.com/certmesh/certmesh/controlplane/internal/issue"
@@ -40,6 +39,7 @@ type Sessions interface {
 	OpenSessions(ctx context.Context, items []domain.SessionOpen) []domain.SessionOpened
 	CloseSession(ctx context.Context, agentID string, epoch domain.Epoch, at time.Time) error
 	SessionHolders(ctx context.Context, agentIDs []string) (map[string]domain.Session, error)
+	Standings(ctx context.Context, held []domain.HeldStream) ([]domain.Standing, error)
 	FlushSeen(ctx context.Context, seen []domain.Seen) error
 	QuarantineAgent(ctx context.Context, agentID, reason string, op domain.Op) error
 }
@@ -47,6 +47,7 @@ type Sessions interface {
 // Jobs keeps work.
 type Jobs interface {
 	OpenWork(ctx context.Context, agentIDs []string) ([]domain.Work, error)
+	AgentsWithOpenJobs(ctx context.Context, node string, limit int) ([]string, error)
 	Settlements(ctx context.Context, agentID string, refs []domain.JobRef) ([]domain.Settlement, error)
 	Dispatch(ctx context.Context, items []domain.Dispatch) []error
 	Accept(ctx context.Context, items []domain.Acceptance) []error
@@ -67,6 +68,7 @@ type Joining interface {
 type States interface {
 	TrustBundle(ctx context.Context) (version int64, roots [][]byte, err error)
 	TargetsOfAgent(ctx context.Context, agentID string) ([]domain.Target, error)
+	TargetsOfAgents(ctx context.Context, agentIDs []string) (map[string][]domain.Target, error)
 	Rejections(ctx context.Context, agentID string) ([]domain.StateRejection, error)
 	RecordRejection(ctx context.Context, r domain.StateRejection) error
 	ClearRejection(ctx context.Context, agentID, kind, name string) error
@@ -104,8 +106,15 @@ type Config struct {
 	Handshakes int
 	// MaxBeat is what BeatInterval may stretch to as agents become more; below BeatInterval: it does not stretch.
 	MaxBeat time.Duration
-	// RemoteWake tells another node that an agent it holds has work; nil on a single node.
-	RemoteWake func(node, agentID string)
+	// Nodes are the mesh addresses of the other nodes that take agents; nil on a single node.
+	Nodes func() []string
+	// RemoteWake tells another node that agents it holds have work; an empty node stands for all others, because it is not
+	// known which holds them. RemoteDisconnect and RemotePushState pass Disconnect and PushState on to all others. None of
+	// the three may block; all are nil on a single node. What others tell this node goes to WakeHeld, DisconnectHeld and
+	// PushStateHeld.
+	RemoteWake       func(node string, agentIDs []string)
+	RemoteDisconnect func(agentID, reason string)
+	RemotePushState  func(agentID string)
 	// Changed is called after a leaf or placement may have changed, so that duties may look again; may be nil.
 	Changed func()
 
@@ -150,11 +159,15 @@ type Server struct {
 	store   *pool
 	issuing *pool
 	loads   *loader
+	holders *asker
 	guard   *guard
 	waiting atomic.Int64 // Hellos at the gate
 	bundle  bundle
 	issued  identities
 	held    reported
+
+	// Looks at all agents held; see Resync.
+	sweeping, checking, pushing *pass
 
 	// settings is the same for all agents.
 	settings Resource
@@ -207,6 +220,10 @@ func New(c Config) (*Server, error) {
 	s.ctx, s.cancel = context.WithCancel(context.Background()) //nolint:forbidigo // the server's own life, which Stop ends
 	s.store, s.issuing = newPool(storeWorkers), newPool(issueWorkers)
 	s.loads = newLoader(s)
+	s.holders = &asker{s: s}
+	s.sweeping = &pass{s: s, what: "wake the agents that have open work", f: s.sweepWork}
+	s.checking = &pass{s: s, what: "look whether agents may still be connected", f: s.recheck}
+	s.pushing = &pass{s: s, what: "send all agents their desired state", f: s.pushAll}
 	// The beat interval is Welcome's: it hangs on how many agents there are, and settings that changed with that would be
 	// sent, and written by each agent, at every return.
 	body := &agentpb.Settings{VerifyTimeoutMs: c.VerifyTimeout.Milliseconds(),
@@ -241,7 +258,7 @@ func (s *Server) Start() {
 	s.wg.Go(func() {
 		defer ticks.Stop()
 		flushed := s.cfg.Clock.Now()
-		swept := flushed
+		swept, checked := flushed, flushed
 		for {
 			select {
 			case <-s.ctx.Done():
@@ -259,6 +276,10 @@ func (s *Server) Start() {
 				flushed = now
 				s.flush(s.ctx)
 				s.forget(now)
+			}
+			if s.cfg.RemoteWake != nil && now.Sub(checked) >= recheckInterval {
+				checked = now
+				s.checking.request()
 			}
 		}
 	})
@@ -329,28 +350,13 @@ func (s *Server) of(agentID string) []*stream {
 	return slices.Clone(s.agents[agentID])
 }
 
-// Wake makes the holder of the agent's stream look at its open jobs; call it after the commit.
+// Wake makes the holder of the agent's stream look at its open jobs; call it after the commit. A stream held here is
+// woken at once, but it may have been superseded: in a cluster the holder is read and woken, too.
 func (s *Server) Wake(agentID string) {
-	streams := s.of(agentID)
-	for _, st := range streams {
-		st.event(dispatch.Woken{At: s.now()})
+	s.WakeLocal([]string{agentID})
+	if s.cfg.RemoteWake != nil {
+		s.holders.add(agentID)
 	}
-	if len(streams) > 0 || s.cfg.RemoteWake == nil {
-		return
-	}
-	s.store.do(ownWork, func() {
-		ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
-		defer cancel()
-		holders, err := s.cfg.Store.SessionHolders(ctx, []string{agentID})
-		if err != nil {
-			// The slow sweep of the other node finds the job.
-			s.cfg.Log.Warn("holder of a stream not read", "agent_id", agentID, "err", err)
-			return
-		}
-		if h := holders[agentID].Holder; h != "" && h != s.cfg.NodeID {
-			s.cfg.RemoteWake(h, agentID)
-		}
-	})
 }
 
 // Holds reports whether this node holds an open stream of the agent.
@@ -360,31 +366,20 @@ func (s *Server) Holds(agentID string) bool {
 	return slices.ContainsFunc(s.agents[agentID], func(st *stream) bool { return st.epoch > 0 })
 }
 
-// Disconnect ends the agent's streams at once and tells it not to come back with this identity.
+// Disconnect ends the agent's streams at once, wherever they are held, and tells it not to come back with this identity.
 func (s *Server) Disconnect(agentID, reason string) {
-	end := endRetired(clean(reason, maxFailure))
-	if revoked(reason) {
-		end = endRevoked(clean(reason, maxFailure))
-	}
-	for _, st := range s.of(agentID) {
-		st.end(end)
+	s.DisconnectHeld(agentID, reason)
+	if s.cfg.RemoteDisconnect != nil {
+		s.cfg.RemoteDisconnect(agentID, reason)
 	}
 }
 
-// PushState reads the agent's desired state and sends what is new of it.
+// PushState has the agent's desired state read, and what is new of it sent, by the node that holds it; an empty id stands
+// for every agent.
 func (s *Server) PushState(agentID string) {
-	for _, st := range s.of(agentID) {
-		s.store.do(ownWork, func() {
-			ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
-			defer cancel()
-			all, err := s.desired(ctx, agentID, true)
-			if err != nil {
-				// The agent gets it with its next Hello.
-				s.cfg.Log.Error("desired state of an agent not read", "agent_id", agentID, "err", err)
-				return
-			}
-			st.proto(Desired{Resources: all})
-		})
+	s.PushStateHeld(agentID)
+	if s.cfg.RemotePushState != nil {
+		s.cfg.RemotePushState(agentID)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/certmesh/certmesh/controlplane/internal/ca"
+	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	agentpb "github.com/certmesh/certmesh/protocol/agent/v1"
 )
 
@@ -57,6 +58,11 @@ func (s *Server) desired(ctx context.Context, agentID string, fresh bool) ([]Res
 	if err != nil {
 		return nil, err
 	}
+	return s.resources(agentID, trust, targets)
+}
+
+// resources are the states of an agent with these targets.
+func (s *Server) resources(agentID string, trust Resource, targets []domain.Target) ([]Resource, error) {
 	all := make([]Resource, 0, 2+len(targets))
 	all = append(all, trust, s.settings)
 	for _, t := range targets {

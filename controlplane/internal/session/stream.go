@@ -158,7 +158,12 @@ func (st *stream) closeSession(epoch domain.Epoch) {
 		err := contain(s.cfg.Log, "close a session", func() error {
 			return s.cfg.Store.CloseSession(ctx, st.who.agentID, epoch, s.now())
 		})
-		if err != nil && !fault.Is(err, fault.Conflict) {
+		switch {
+		case fault.Is(err, fault.Conflict):
+			// Another stream has taken over, perhaps on another node. What this one was told, and could not do any more, it
+			// must not keep to itself.
+			s.Wake(st.who.agentID)
+		case err != nil:
 			// The agent's next Hello or its silence settles it.
 			s.cfg.Log.Warn("session not closed in the store", "agent_id", st.who.agentID, "epoch", epoch, "err", err)
 		}
@@ -331,7 +336,7 @@ func (st *stream) protoStep(e Event) (admit *Admit) {
 		case Admit:
 			admit = &f
 		case Greet:
-			st.greeting = &agentpb.Welcome{Protocol: protocolMax, BeatIntervalMs: st.s.beat().Milliseconds(),
+			st.greeting = &agentpb.Welcome{Protocol: protocolMax, BeatIntervalMs: st.s.beat().Milliseconds(), Nodes: st.s.others(),
 				Resend: f.Resend, ReportLeaves: f.ReportLeaves}
 		case Work:
 			if !st.draining {
