@@ -166,7 +166,7 @@ func (t *trust) issue(signer *ca.Authority) (*tls.Certificate, error) {
 	}
 	// The root goes along: a host or an operator who holds nothing but its fingerprint finds it there.
 	chain := append([][]byte{der}, signer.Chain()...)
-	chain = append(chain, signer.Root().Raw)
+	chain = append(chain, signer.Roots()...)
 	return &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf}, nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,6 +28,8 @@ type Authority struct {
 	chain         []*x509.Certificate // the signing certificate first, the root last
 	notAfter      time.Time           // the earliest of the chain
 	trustDomain   string              // of the mesh CA; empty for issuing CAs
+	generation    int64               // of the mesh CA
+	vouched       []*x509.Certificate // domain.CA.Vouched
 	key           crypto.Signer
 	scheme        scheme
 	identifier    []byte // AlgorithmIdentifier of scheme, DER
@@ -69,6 +72,12 @@ func newAuthority(ca domain.CA, chain []*x509.Certificate, key crypto.Signer) (*
 		if a.trustDomain, err = signingTrustDomain(chain[0]); err != nil {
 			return nil, err
 		}
+		a.generation = max(ca.Generation, 1)
+		if len(ca.Vouched) > 0 {
+			if a.vouched, err = parseChain(ca.Vouched); err != nil {
+				return nil, err
+			}
+		}
 	}
 	if a.identifier, err = a.scheme.identifier(); err != nil {
 		return nil, fault.Wrap(fault.Internal, err, "encode the signature algorithm")
@@ -108,11 +117,11 @@ func (a *Authority) ID() string { return a.id }
 // Certificate is the signing certificate; it must not be changed.
 func (a *Authority) Certificate() *x509.Certificate { return a.chain[0] }
 
-// Chain is what a server sends after a leaf: the signing certificate and those above it, nearest first, without the
-// root, in DER. It is empty when the root itself signs.
+// Chain is what is sent after a leaf: the signing certificate and those above it, nearest first, without roots, in DER.
+// It is empty when the root itself signs and nothing vouches for it.
 func (a *Authority) Chain() [][]byte {
 	var out [][]byte
-	for _, c := range a.chain {
+	for _, c := range slices.Concat(a.chain, a.vouched) {
 		if !selfIssued(c) {
 			out = append(out, c.Raw)
 		}
@@ -122,6 +131,21 @@ func (a *Authority) Chain() [][]byte {
 
 // Root is the last certificate of the chain; it must not be changed.
 func (a *Authority) Root() *x509.Certificate { return a.chain[len(a.chain)-1] }
+
+// Roots are those that a node shows after Chain, in DER: a former one that vouches for this one, and this one, which is
+// the last.
+func (a *Authority) Roots() [][]byte {
+	var out [][]byte
+	for _, c := range a.vouched {
+		if selfIssued(c) {
+			out = append(out, c.Raw)
+		}
+	}
+	return append(out, a.Root().Raw)
+}
+
+// Generation counts the mesh CAs of a cluster from 1; 0 for issuing CAs.
+func (a *Authority) Generation() int64 { return a.generation }
 
 // NotAfter is when the first certificate of the chain expires: nothing is issued beyond it.
 func (a *Authority) NotAfter() time.Time { return a.notAfter }

@@ -135,14 +135,21 @@ func NewMesh(trustDomain string, p Params, ring *secret.Keyring) (Material, erro
 	if err != nil {
 		return Material{}, err
 	}
-	t := authorityTemplate(p, "Mesh CA", p.RootTTL)
-	t.MaxPathLen, t.MaxPathLenZero = 0, true
-	t.URIs = []*url.URL{{Scheme: "spiffe", Host: trustDomain}}
-	root, err := newCertificate(p, t, nil)
+	root, err := newCertificate(p, meshTemplate(trustDomain, p), nil)
 	if err != nil {
 		return Material{}, fmt.Errorf("make the mesh CA: %w", err)
 	}
-	return material(p, ring, root, root)
+	m, err := material(p, ring, root, root)
+	m.CA.Generation = 1
+	return m, err
+}
+
+// meshTemplate leaves room for one CA below the root: its successor, which it vouches for.
+func meshTemplate(trustDomain string, p Params) *x509.Certificate {
+	t := authorityTemplate(p, "Mesh CA", p.RootTTL)
+	t.MaxPathLen = 1
+	t.URIs = []*url.URL{{Scheme: "spiffe", Host: trustDomain}}
+	return t
 }
 
 // authority is a certificate with its key, in the making.
@@ -177,18 +184,26 @@ func newCertificate(p Params, t *x509.Certificate, parent *authority) (*authorit
 	if err != nil {
 		return nil, err
 	}
-	if t.SerialNumber, err = NewSerial(rand.Reader); err != nil {
-		return nil, err
-	}
-	t.SubjectKeyId = pub.skid
 	// Two CAs of one name must not share a subject: chains are built by subject, CRLs found by issuer.
 	if t.Subject.CommonName != p.RootName {
 		t.Subject.CommonName += " " + hex.EncodeToString(pub.skid[:3])
 	}
-	signer, above := &authority{certificate: t, key: key, scheme: kind.scheme}, t
-	if parent != nil {
-		signer, above = parent, parent.certificate
+	made := &authority{certificate: t, key: key, scheme: kind.scheme}
+	if parent == nil {
+		parent = made
 	}
+	made.certificate, err = certify(t, pub, parent)
+	return made, err
+}
+
+// certify signs t, a CA's certificate, for a key; signer's own certificate may be t.
+func certify(t *x509.Certificate, pub publicKey, signer *authority) (*x509.Certificate, error) {
+	var err error
+	if t.SerialNumber, err = NewSerial(rand.Reader); err != nil {
+		return nil, err
+	}
+	t.SubjectKeyId = pub.skid
+	above := signer.certificate
 	l, err := newLinter()
 	if err != nil {
 		return nil, err
@@ -214,13 +229,13 @@ func newCertificate(p Params, t *x509.Certificate, parent *authority) (*authorit
 		return nil, fault.Wrap(fault.Internal, err, "read back the CA certificate")
 	}
 	by := c
-	if parent != nil {
-		by = parent.certificate
+	if above != t {
+		by = above
 	}
 	if err := c.CheckSignatureFrom(by); err != nil {
 		return nil, fault.Wrap(fault.Internal, err, "verify the CA certificate")
 	}
-	return &authority{certificate: c, key: key, scheme: kind.scheme}, nil
+	return c, nil
 }
 
 // material seals the keys of signer and root, which may be one.

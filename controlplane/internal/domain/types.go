@@ -73,6 +73,12 @@ type CA struct {
 	KeyURI, RootKeyURI string
 	// PublicURL is the base of the CDP and AIA URLs, e.g. "http://pki.example.com:8080".
 	PublicURL string
+	// Generation counts the mesh CAs of a cluster from 1; it is of no meaning to issuers. 0: 1.
+	Generation int64
+	// Vouched is what nodes show besides the chain while a former root is trusted too: this root's key signed by the former
+	// root, and the former root. Who knows only the former one accepts this one by it. Empty: there is no former root, or its
+	// path length forbids it.
+	Vouched   [][]byte
 	CreatedAt time.Time
 }
 
@@ -268,6 +274,8 @@ type Identity struct {
 	RevokedAt             time.Time
 	FirstUsedAt           time.Time
 	CreatedAt             time.Time
+	// Generation is the mesh CA's that signed it; 0: 1.
+	Generation int64
 }
 
 // JoinToken lets hosts enrol. Only the SHA-256 of its secret is stored.

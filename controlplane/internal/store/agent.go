@@ -52,19 +52,19 @@ func (s *Store) Agents(ctx context.Context, state domain.AgentState, p domain.Pa
 }
 
 const identityColumns = `agent_identity.serial, agent_identity.agent_id, agent_identity.spki, agent_identity.not_before,
- agent_identity.not_after, agent_identity.revoked_at, agent_identity.first_used_at, agent_identity.created_at`
+ agent_identity.not_after, agent_identity.revoked_at, agent_identity.first_used_at, agent_identity.created_at, agent_identity.generation`
 
 func scanIdentity(scan scanner) (domain.Identity, error) {
 	var i domain.Identity
 	var notBefore, notAfter, revokedAt, firstUsedAt, createdAt int64
-	err := scan(&i.Serial, &i.AgentID, &i.SPKI, &notBefore, &notAfter, &revokedAt, &firstUsedAt, &createdAt)
+	err := scan(&i.Serial, &i.AgentID, &i.SPKI, &notBefore, &notAfter, &revokedAt, &firstUsedAt, &createdAt, &i.Generation)
 	i.NotBefore, i.NotAfter, i.RevokedAt = fromMicro(notBefore), fromMicro(notAfter), fromMicro(revokedAt)
 	i.FirstUsedAt, i.CreatedAt = fromMicro(firstUsedAt), fromMicro(createdAt)
 	return i, err
 }
 
 // RecordIdentity records a client certificate before it is handed out. The same one again is no error; Forbidden when the
-// agent is retired.
+// agent is retired, Conflict when the CA that would sign it does not sign any more: read the mesh CA again.
 func (s *Store) RecordIdentity(ctx context.Context, i domain.Identity, op domain.Op) error {
 	if err := checkTexts("serial", i.Serial, "spki", i.SPKI); err != nil {
 		return err
@@ -85,9 +85,12 @@ func (s *Store) RecordIdentity(ctx context.Context, i domain.Identity, op domain
 		if a.State == domain.AgentRetired {
 			return fault.New(fault.Forbidden, "agent %q is retired; it gets no identity", a.Name)
 		}
-		n, err := t.exec(`INSERT INTO agent_identity (serial, agent_id, spki, not_before, not_after, revoked_at, first_used_at, created_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8) ON CONFLICT (serial) DO NOTHING`, i.Serial, a.ID, i.SPKI, micro(i.NotBefore),
-			micro(i.NotAfter), micro(i.RevokedAt), micro(i.FirstUsedAt), micro(i.CreatedAt))
+		if err := t.checkGeneration(i.Generation); err != nil {
+			return err
+		}
+		n, err := t.exec(`INSERT INTO agent_identity (serial, agent_id, spki, not_before, not_after, revoked_at, first_used_at, created_at, generation)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (serial) DO NOTHING`, i.Serial, a.ID, i.SPKI, micro(i.NotBefore),
+			micro(i.NotAfter), micro(i.RevokedAt), micro(i.FirstUsedAt), micro(i.CreatedAt), max(i.Generation, 1))
 		if err != nil {
 			return err
 		}

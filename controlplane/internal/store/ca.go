@@ -7,18 +7,21 @@ import (
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
-const caColumns = "ca.id, ca.chain, ca.key_uri, ca.root_key_uri, ca.public_url, ca.created_at"
+const caColumns = "ca.id, ca.chain, ca.key_uri, ca.root_key_uri, ca.public_url, ca.created_at, ca.generation, ca.vouched"
 
 func scanCA(scan scanner) (domain.CA, error) {
 	var c domain.CA
-	var chain []byte
+	var chain, vouched []byte
 	var createdAt int64
-	if err := scan(&c.ID, &chain, &c.KeyURI, &c.RootKeyURI, &c.PublicURL, &createdAt); err != nil {
+	if err := scan(&c.ID, &chain, &c.KeyURI, &c.RootKeyURI, &c.PublicURL, &createdAt, &c.Generation, &vouched); err != nil {
 		return domain.CA{}, err
 	}
 	c.CreatedAt = fromMicro(createdAt)
 	var err error
-	c.Chain, err = splitDER(chain)
+	if c.Chain, err = splitDER(chain); err != nil {
+		return domain.CA{}, err
+	}
+	c.Vouched, err = splitDER(vouched)
 	return c, err
 }
 
@@ -129,15 +132,7 @@ func (s *Store) SealedKey(ctx context.Context, id string) (domain.SealedKey, err
 func (s *Store) TrustBundle(ctx context.Context) (version int64, roots [][]byte, err error) {
 	err = s.read(ctx, "trust.get", func(t *tx) error {
 		var err error
-		roots, err = one(t, fault.New(fault.NotFound, "the cluster has no trust bundle yet; a node makes it when it first starts"),
-			"SELECT version, roots FROM trust_bundle ORDER BY version DESC LIMIT 1", nil,
-			func(scan scanner) ([][]byte, error) {
-				var joined []byte
-				if err := scan(&version, &joined); err != nil {
-					return nil, err
-				}
-				return splitDER(joined)
-			})
+		version, roots, err = t.trustBundle()
 		return err
 	})
 	return version, roots, err

@@ -58,7 +58,7 @@ func TestInstallCAOnce(t *testing.T) {
 		got, err := x.InstallCA(x.ctx, ca, []domain.SealedKey{key}, roots, x.op())
 		x.must(err)
 		want := ca
-		want.CreatedAt = domain.Micro(ca.CreatedAt)
+		want.CreatedAt, want.Generation = domain.Micro(ca.CreatedAt), 1
 		same(t, "CA", got, want)
 		second := ca
 		second.KeyURI, second.PublicURL = "sealed:sk_z", "http://other"

@@ -115,7 +115,7 @@ func TestEnrollAtOnce(t *testing.T) {
 func TestIdentities(t *testing.T) {
 	each(t, func(t *testing.T, x *estate) {
 		a := x.agent("web")
-		i := domain.Identity{Serial: "0a", AgentID: a.ID, SPKI: "s", NotBefore: x.now, NotAfter: x.now.Add(time.Hour), CreatedAt: x.now}
+		i := domain.Identity{Serial: "0a", AgentID: a.ID, SPKI: "s", NotBefore: x.now, NotAfter: x.now.Add(time.Hour), CreatedAt: x.now, Generation: 1}
 		x.must(x.RecordIdentity(x.ctx, i, x.op()))
 		x.must(x.RecordIdentity(x.ctx, i, x.op()))
 		got, err := x.Identity(x.ctx, "0a")
