@@ -103,6 +103,7 @@ type State struct {
 	agentID string
 	epoch   domain.Epoch
 	open    bool
+	resting bool
 	credits [Classes]int
 	// items are sorted by job id, which is by age.
 	items []*item
@@ -177,6 +178,8 @@ type (
 	}
 	// Ticked: the time of the last Wait has come.
 	Ticked struct{ At time.Time }
+	// Resting: the agent is to connect elsewhere. No further work is given; what it has goes on.
+	Resting struct{}
 	// Closed: the stream has ended. Answers still come in; nothing more is dispatched.
 	Closed struct{}
 )
@@ -238,6 +241,7 @@ func (Granted) event()      {}
 func (Woken) event()        {}
 func (Reported) event()     {}
 func (Ticked) event()       {}
+func (Resting) event()      {}
 func (Closed) event()       {}
 func (Loaded) event()       {}
 func (Raised) event()       {}
@@ -319,6 +323,9 @@ func Step(s State, e Event) (State, []Effect) {
 		m.reported(e.Report)
 	case Ticked:
 		m.clock(e.At)
+	case Resting:
+		m.resting = true
+		return m.State, nil
 	case Closed:
 		m.open = false
 		return m.State, nil
@@ -438,7 +445,7 @@ func (m *machine) pump() {
 			switch {
 			case m.at.Before(t):
 				soonest(t)
-			case m.credits[c] > 0:
+			case m.credits[c] > 0 && !m.resting:
 				ready[c] = append(ready[c], it)
 			}
 		}

@@ -2,7 +2,6 @@ package session
 
 import (
 	"context"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -29,9 +28,7 @@ func (s *Server) others() []string {
 	if s.cfg.Nodes == nil {
 		return nil
 	}
-	nodes := slices.Clone(s.cfg.Nodes())
-	rand.Shuffle(len(nodes), func(i, j int) { nodes[i], nodes[j] = nodes[j], nodes[i] })
-	return nodes
+	return shuffled(s.cfg.Nodes())
 }
 
 // WakeHeld makes agents that this node holds look at their open jobs, because another node asked for it. It is not passed

@@ -179,6 +179,7 @@ type Server struct {
 	mu       sync.RWMutex
 	started  bool
 	stopping bool
+	draining bool // no further agents are taken
 	// all are the streams, agents the ones of each agent that have said Hello: usually one, two while one takes over.
 	all    map[*stream]struct{}
 	agents map[string][]*stream
@@ -187,7 +188,7 @@ type Server struct {
 	// leaving are the streams that were removed and whose last use of the store has not been begun; emptied is closed when
 	// there is no stream, and none leaving.
 	leaving int
-	emptied chan struct{}
+	emptied chan struct{} // nil: nobody waits
 
 	// soon are the streams that wait for a time; see prompt.
 	soonMu sync.Mutex
@@ -283,54 +284,6 @@ func (s *Server) Start() {
 			}
 		}
 	})
-}
-
-// Stop ends all streams: nothing more is dispatched, what is being issued or recorded is finished and told, then every
-// agent gets Goodbye. It closes the sessions, writes the last beats and returns nil, or ctx's error if that came first.
-// Twice is fine.
-func (s *Server) Stop(ctx context.Context) error {
-	s.mu.Lock()
-	s.stopping = true
-	streams := s.listLocked()
-	var emptied chan struct{}
-	if len(s.all)+s.leaving > 0 {
-		if s.emptied == nil {
-			s.emptied = make(chan struct{})
-		}
-		emptied = s.emptied
-	}
-	s.mu.Unlock()
-	for _, st := range streams {
-		st.drain()
-	}
-	err := func() error {
-		if emptied == nil {
-			return nil
-		}
-		select {
-		case <-emptied:
-			return nil
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}()
-	if err != nil {
-		for _, st := range streams {
-			st.cut(endShutdown())
-		}
-	}
-	for _, p := range []*pool{s.store, s.issuing} {
-		if werr := p.wait(ctx); werr != nil && err == nil {
-			err = werr
-		}
-	}
-	s.flush(ctx)
-	s.cancel()
-	s.wg.Wait()
-	if err != nil {
-		return fault.Wrap(fault.Retryable, err, "not all agents' streams could be ended in time")
-	}
-	return nil
 }
 
 func (s *Server) now() time.Time { return domain.Micro(s.cfg.Clock.Now()) }

@@ -218,6 +218,10 @@ func endShutdown() End {
 	return End{Reason: agentpb.Goodbye_REASON_SHUTDOWN, Code: codes.Unavailable, Message: "this node is stopping"}
 }
 
+func endDraining() End {
+	return End{Reason: agentpb.Goodbye_REASON_SHUTDOWN, Code: codes.Unavailable, Message: "this node takes no agents now; connect to another", Now: true}
+}
+
 func endSuperseded() End {
 	return End{Reason: agentpb.Goodbye_REASON_SUPERSEDED, Code: codes.Aborted, Message: "a newer stream of this agent took over", Now: true}
 }

@@ -54,6 +54,8 @@ type stream struct {
 	tasks    int
 	room     sync.Cond
 	draining bool
+	// move waits for the tasks to be done.
+	move *agentpb.Move
 }
 
 // outbox is what is still to be sent: a FIFO for work, where nothing is merged, and a box where the latest state wins.
@@ -284,8 +286,12 @@ func (st *stream) answer(e dispatch.Event) {
 		st.tasks--
 		st.room.Signal()
 		st.workStep(e)
-		if st.draining && st.tasks == 0 {
+		switch {
+		case st.tasks > 0:
+		case st.draining:
 			st.protoStep(Ending{endShutdown()})
+		case st.move != nil:
+			st.sendMove()
 		}
 		closed = !st.work.Open()
 	})
@@ -306,6 +312,30 @@ func (st *stream) drain() {
 			st.protoStep(Ending{endShutdown()})
 		}
 	})
+}
+
+// moveTo asks the agent to connect to another node, once everything that is under way has been answered; until then and
+// until the agent goes no further work is given to it. An agent that has not said Hello, or whose session is being
+// recorded, is sent there by a Goodbye.
+func (st *stream) moveTo(m *agentpb.Move) {
+	st.locked(func() {
+		switch st.state.Phase() {
+		case AwaitHello, Opening:
+			st.protoStep(Ending{endDraining()})
+		case Open:
+			st.workStep(dispatch.Resting{})
+			if st.move = m; st.tasks == 0 {
+				st.sendMove()
+			}
+		case Closing:
+		}
+	})
+}
+
+func (st *stream) sendMove() {
+	st.s.metrics.moved.Inc()
+	st.put(&agentpb.ConnectResponse{Message: &agentpb.ConnectResponse_Move{Move: st.move}})
+	st.move = nil
 }
 
 // cut ends the stream without another word.

@@ -220,6 +220,11 @@ func (st *stream) observed(o domain.Observation) {
 // admit records the session, loads all that is known of the agent, and begins the conversation.
 func (st *stream) admit(h Hello) {
 	s := st.s
+	if s.isDraining() {
+		s.metrics.refused.WithLabelValues("draining").Inc()
+		st.end(endDraining())
+		return
+	}
 	// One agent's many Hellos must not fill the queue at the gate.
 	if !s.register(st) || !s.pass(st) {
 		s.metrics.refused.WithLabelValues("overloaded").Inc()
