@@ -60,6 +60,7 @@ type agent struct {
 	// ids and keeper are set by join, after the targets were repaired.
 	ids    *identity.Manager
 	keeper *state.Keeper
+	nodes  nodes
 
 	verify, watchEvery atomic.Int64 // time.Duration
 	mu                 sync.Mutex
@@ -244,6 +245,7 @@ func (a *agent) join(ctx context.Context, patient bool) error {
 		}
 		ids, states = i, s
 	}
+	a.recallNodes(a.life.files(states, "state"))
 	var err error
 	if a.ids, err = identity.Open(a.life.files(ids, "identity"), a.cfg.Clock.Now, a.cfg.Log); err != nil {
 		return err
@@ -290,7 +292,7 @@ func (a *agent) serve(ctx context.Context) error {
 	watch.Go(func() { a.engine.Watch(watching) })
 	defer watch.Wait()
 	defer stop()
-	route, addr := stream.Route{Seeds: a.cfg.Servers}.Start(mrand.Float64()) //nolint:gosec // spreads agents, hides nothing
+	route, addr := stream.Route{Seeds: a.cfg.Servers, Known: a.nodes.known}.Start(mrand.Float64)
 	for {
 		end, err := a.turn(ctx, addr)
 		if err != nil || ctx.Err() != nil {
@@ -298,7 +300,7 @@ func (a *agent) serve(ctx context.Context) error {
 		}
 		var delay time.Duration
 		from := addr
-		route, addr, delay = route.Next(a.cfg.Backoff, a.cfg.Clock.Now(), end, mrand.Float64)
+		route, addr, delay = route.Next(a.cfg.Backoff, a.cfg.Clock.Now(), bounded(end), mrand.Float64)
 		log := a.cfg.Log.With("server", from, "next", addr, "delay", delay.Round(time.Millisecond).String())
 		switch g := end.Goodbye; {
 		case g != nil:

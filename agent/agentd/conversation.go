@@ -113,6 +113,7 @@ func (c *conversation) Welcomed(w *agentpb.Welcome, out *stream.Outbox) error {
 	a.ids.Worked(c.id)
 	a.cfg.Log.Info("connected", "agent_id", c.id.AgentID, "epoch", w.GetEpoch())
 	a.engine.Attach(out, w.GetVerdicts())
+	a.rememberNodes(w.GetNodes())
 	c.renewAfter(a.untilRenewal(c.id))
 	if w.GetReportLeaves() {
 		c.wg.Go(c.report)

@@ -37,7 +37,7 @@ func (a *agent) enrol(ctx context.Context, patient bool) error {
 		}
 		return fault.InvalidField("join_token", "is missing and this agent has not joined yet; create one with `certmesh agents token create` and set CERTMESH_JOIN_TOKEN or CERTMESH_JOIN_TOKEN_FILE")
 	}
-	route, addr := stream.Route{Seeds: a.cfg.Servers}.Start(mrand.Float64()) //nolint:gosec // spreads agents, hides nothing
+	route, addr := stream.Route{Seeds: a.cfg.Servers}.Start(mrand.Float64)
 	strangers := map[string]bool{}
 	for {
 		err := a.enrolAt(ctx, addr, token)

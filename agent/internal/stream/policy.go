@@ -28,7 +28,7 @@ func DefaultBackoff() Backoff {
 
 // Route is where to connect next and when; a value, advanced by Next.
 type Route struct {
-	// Seeds are the configured addresses, Known those that the last Welcome named.
+	// Seeds are the configured addresses, at least one; Known those that the last Welcome with any named.
 	Seeds, Known []string
 	// Prefer are addresses a Move named, tried before all others, each once.
 	Prefer []string
@@ -71,11 +71,22 @@ func (r Route) candidates() []string {
 	return out
 }
 
-// Start returns the first address: any of the seeds, so that agents with one configuration spread over the nodes.
-func (r Route) Start(rnd float64) (Route, string) {
+// Start returns the first address: any of the known ones. The order of the others is drawn as well, so that agents with
+// one configuration spread over the nodes at the start and again when a node is lost. rnd returns numbers in [0,1).
+func (r Route) Start(rnd func() float64) (Route, string) {
+	r.Seeds, r.Known = shuffled(r.Seeds, rnd), shuffled(r.Known, rnd)
 	c := r.candidates()
-	r.Last = c[int(rnd*float64(len(c)))%len(c)]
+	r.Last = c[int(rnd()*float64(len(c)))%len(c)]
 	return r, r.Last
+}
+
+func shuffled(list []string, rnd func() float64) []string {
+	list = slices.Clone(list)
+	for i := len(list) - 1; i > 0; i-- {
+		j := int(rnd() * float64(i+1))
+		list[i], list[j] = list[j], list[i]
+	}
+	return list
 }
 
 // Next decides, after a connection to r.Last ended as e at now, what to try next and after which delay. rnd returns
@@ -95,13 +106,11 @@ func (r Route) Next(b Backoff, now time.Time, e End, rnd func() float64) (Route,
 	if r.Since.IsZero() {
 		r.Since = now
 	}
+	if e.Move != nil {
+		r.Prefer = slices.Clone(e.Move.GetNodes())
+	}
 	var delay time.Duration
-	switch {
-	case e.Left:
-		if e.Move != nil {
-			r.Prefer = slices.Clone(e.Move.GetNodes())
-		}
-	default:
+	if !e.Left {
 		delay = time.Duration(rnd() * float64(b.window(r.Failures, now.Sub(r.Since))))
 		r.Failures++
 	}

@@ -43,7 +43,7 @@ func TestRouteBounds(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		b := DefaultBackoff()
 		now := time.Unix(1_800_000_000, 0)
-		r, _ := Route{Seeds: []string{"n1:1", "s:1"}}.Start(rapid.Float64Range(0, 0.999).Draw(t, "start"))
+		r, _ := Route{Seeds: []string{"n1:1", "s:1"}}.Start(func() float64 { return rapid.Float64Range(0, 0.999).Draw(t, "start") })
 		for range rapid.IntRange(1, 40).Draw(t, "ends") {
 			e := end(now).Draw(t, "end")
 			before := r
@@ -83,11 +83,14 @@ func TestRouteSpreads(t *testing.T) {
 	b := DefaultBackoff()
 	now := time.Unix(1_800_000_000, 0)
 	slots := map[int64]int{}
-	firsts := map[string]int{}
+	firsts, seconds := map[string]int{}, map[string]int{}
 	for range 1000 {
-		r, first := Route{Seeds: []string{"a:1", "b:1", "c:1"}}.Start(rnd.Float64())
+		r, first := Route{Seeds: []string{"a:1", "b:1", "c:1"}}.Start(rnd.Float64)
 		firsts[first]++
-		_, _, d := r.Next(b, now, End{Err: fmt.Errorf("cut")}, rnd.Float64)
+		_, second, d := r.Next(b, now, End{Err: fmt.Errorf("cut")}, rnd.Float64)
+		if first == "a:1" {
+			seconds[second]++
+		}
 		slots[d.Milliseconds()/10]++
 	}
 	for at, n := range slots {
@@ -99,6 +102,9 @@ func TestRouteSpreads(t *testing.T) {
 		if n < 250 {
 			t.Errorf("first servers are %v", firsts)
 		}
+	}
+	if seconds["a:1"] != 0 || seconds["b:1"] < 100 || seconds["c:1"] < 100 {
+		t.Errorf("those that lost a go to %v", seconds)
 	}
 }
 
@@ -119,7 +125,7 @@ func TestBackoffGrows(t *testing.T) {
 	}
 	// A stream that lived resets it; one that was cut at once does not.
 	now := time.Unix(1_800_000_000, 0)
-	r, _ := Route{Seeds: []string{"a:1"}, Failures: 7, Since: now.Add(-time.Hour)}.Start(0)
+	r, _ := Route{Seeds: []string{"a:1"}, Failures: 7, Since: now.Add(-time.Hour)}.Start(func() float64 { return 0 })
 	full := func() float64 { return 0.999 }
 	if got, _, d := r.Next(b, now, End{Welcomed: now.Add(-time.Second)}, full); got.Failures != 8 || d < time.Minute {
 		t.Errorf("a stream of a second counts as stable: %d failures, %s", got.Failures, d)
