@@ -36,6 +36,8 @@ type fakeStore struct {
 	observed   []domain.Observation
 	applied    map[domain.JobRef]int
 	bundle     int64
+	acks       []domain.TrustAck
+	generation int64 // of the mesh CA that signs; 0: any
 	roots      [][]byte
 	serial     int
 	calls      map[string]int
@@ -546,6 +548,9 @@ func (f *fakeStore) RecordIdentity(_ context.Context, i domain.Identity, op doma
 	if f.agents[i.AgentID].State == domain.AgentRetired {
 		return fault.New(fault.Forbidden, "agent %q is retired; it gets no identity", i.AgentID)
 	}
+	if f.generation > 0 && i.Generation != f.generation {
+		return fault.New(fault.Conflict, "the mesh CA of generation %d does not sign any more", i.Generation)
+	}
 	f.identities[i.Serial] = i
 	f.auditLocked(op.Actor, "identity.issued", "agent/"+i.AgentID)
 	return nil
@@ -597,6 +602,27 @@ func (f *fakeStore) Rejections(_ context.Context, agentID string) ([]domain.Stat
 		}
 	}
 	return out, nil
+}
+
+func (f *fakeStore) AcknowledgeTrust(_ context.Context, acks []domain.TrustAck) error {
+	if err := f.enter("AcknowledgeTrust"); err != nil {
+		return err
+	}
+	defer f.mu.Unlock()
+	f.acks = append(f.acks, acks...)
+	return nil
+}
+
+func (f *fakeStore) acknowledged() []domain.TrustAck {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.acks)
+}
+
+func (f *fakeStore) trust(version int64, roots ...[]byte) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.bundle, f.roots = version, roots
 }
 
 func (f *fakeStore) RecordRejection(_ context.Context, r domain.StateRejection) error {

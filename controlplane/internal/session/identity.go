@@ -184,24 +184,38 @@ func (s *Server) identity(ctx context.Context, agentID string, csr *ca.CSR, op d
 	if until, ok := s.issued.mayMake(agentID, op.At, s.identityGap()); !ok {
 		return nil, fault.Limited(until, "this agent was given several identities a moment ago; ask again later")
 	}
+	chain, serial, err := s.makeIdentity(ctx, agentID, csr, op)
+	if fault.Is(err, fault.Conflict) && s.cfg.Reload != nil {
+		// Another CA signs since a moment ago, and this node has not noticed yet.
+		if err = s.cfg.Reload(ctx); err == nil {
+			chain, serial, err = s.makeIdentity(ctx, agentID, csr, op)
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.issued.put(agentID, csr.SPKI, madeIdentity{chain, serial, op.At.Add(min(identityMemory, s.cfg.IdentityTTL/4))})
+	return chain, nil
+}
+
+// makeIdentity signs with the CA that signs as far as this node knows. Conflict: another one does.
+func (s *Server) makeIdentity(ctx context.Context, agentID string, csr *ca.CSR, op domain.Op) (chain [][]byte, serial string, err error) {
 	mesh := s.cfg.Mesh()
 	p, err := mesh.PrepareIdentity(ca.IdentityRequest{PublicKey: csr.PublicKey, Kind: ca.KindAgent, ID: agentID, TTL: s.cfg.IdentityTTL, Now: op.At})
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	// Recorded before it is signed: an identity that the store does not know could not be revoked.
 	err = s.cfg.Store.RecordIdentity(ctx, domain.Identity{Serial: p.Serial(), AgentID: agentID, SPKI: p.SPKI(), NotBefore: p.NotBefore(),
-		NotAfter: p.NotAfter(), CreatedAt: op.At}, op)
+		NotAfter: p.NotAfter(), CreatedAt: op.At, Generation: mesh.Generation()}, op)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
 	der, err := mesh.Sign(p.TBS())
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	chain := append([][]byte{der}, mesh.Chain()...)
-	s.issued.put(agentID, csr.SPKI, madeIdentity{chain, p.Serial(), op.At.Add(min(identityMemory, s.cfg.IdentityTTL/4))})
-	return chain, nil
+	return append([][]byte{der}, mesh.Chain()...), p.Serial(), nil
 }
 
 const (
@@ -303,7 +317,7 @@ func (st *stream) renew(der []byte) {
 
 const (
 	// identityGrace is how long after its end an identity may still be renewed by Reidentify.
-	identityGrace  = 30 * 24 * time.Hour
+	identityGrace  = domain.IdentityGrace
 	exporterLabel  = "EXPORTER-certmesh-reidentify"
 	exporterLength = 32
 	proofPrefix    = "certmesh reidentify v1\x00"

@@ -70,6 +70,7 @@ type States interface {
 	TargetsOfAgent(ctx context.Context, agentID string) ([]domain.Target, error)
 	TargetsOfAgents(ctx context.Context, agentIDs []string) (map[string][]domain.Target, error)
 	Rejections(ctx context.Context, agentID string) ([]domain.StateRejection, error)
+	AcknowledgeTrust(ctx context.Context, acks []domain.TrustAck) error
 	RecordRejection(ctx context.Context, r domain.StateRejection) error
 	ClearRejection(ctx context.Context, agentID, kind, name string) error
 }
@@ -91,11 +92,13 @@ type Config struct {
 	NodeID, TrustDomain string
 	Store               Store
 	// Mesh is the CA that signs identities.
-	Mesh  func() *ca.Authority
-	Issue Issuer
-	Hub   *hub.Hub
-	Clock clockwork.Clock
-	Log   *slog.Logger
+	Mesh func() *ca.Authority
+	// Reload reads the mesh CA again, after which Mesh returns the one that signs now; nil: it never changes.
+	Reload func(ctx context.Context) error
+	Issue  Issuer
+	Hub    *hub.Hub
+	Clock  clockwork.Clock
+	Log    *slog.Logger
 	// Metrics may be nil.
 	Metrics prometheus.Registerer
 	NewID   func(prefix string) string
@@ -163,6 +166,7 @@ type Server struct {
 	guard   *guard
 	waiting atomic.Int64 // Hellos at the gate
 	bundle  bundle
+	acks    acks
 	issued  identities
 	held    reported
 
@@ -270,6 +274,7 @@ func (s *Server) Start() {
 			if now.Sub(swept) >= sweepTicks*tick {
 				swept = now
 				s.sweep(now)
+				s.store.do(ownWork, func() { s.writeAcks(s.ctx) })
 			} else {
 				s.prompt(now)
 			}
@@ -488,6 +493,7 @@ func (s *Server) prompt(now time.Time) {
 
 // flush writes the beats since the last one.
 func (s *Server) flush(ctx context.Context) {
+	s.writeAcks(ctx)
 	s.mu.Lock()
 	seen := s.parted
 	s.parted = nil

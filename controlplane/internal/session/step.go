@@ -46,6 +46,9 @@ type State struct {
 	phase   Phase
 	// held is what the agent has in force, sent what it has not answered yet, refused what it would not take.
 	held, sent, refused []version
+	// trustRevision is of the newest trust bundle offered, trust one that came before the agent could be sent any.
+	trustRevision int64
+	trust         *Resource
 	// renewing: an identity is being made. No further one is made before nextIdentity.
 	renewing     bool
 	nextIdentity time.Time
@@ -69,6 +72,8 @@ type version struct {
 	number  int64
 	hash    [sha256.Size]byte // zero: not known
 	removed bool
+	// revision is the Resource's, where it was this server that sent it.
+	revision int64
 	// former: a refusal of an earlier start of the agent, whose configuration may have been another.
 	former bool
 }
@@ -134,6 +139,8 @@ type (
 	}
 	// Desired is the agent's desired state, read again.
 	Desired struct{ Resources []Resource }
+	// TrustChanged is another trust bundle.
+	TrustChanged struct{ Resource *Resource }
 	// IdentityMade answers RenewIdentity.
 	IdentityMade struct {
 		Chain [][]byte
@@ -148,6 +155,7 @@ type (
 func (Received) event()     {}
 func (Admitted) event()     {}
 func (Desired) event()      {}
+func (TrustChanged) event() {}
 func (IdentityMade) event() {}
 func (Ending) event()       {}
 func (HungUp) event()       {}
@@ -182,6 +190,8 @@ type (
 	}
 	// Observe records what the agent found at a target.
 	Observe struct{ Observation domain.Observation }
+	// Acknowledge records that the agent has a trust bundle of this version in force.
+	Acknowledge struct{ Version int64 }
 	// Finish ends the stream: the rest is sent unless End.Now, then Goodbye if there is one, then the status.
 	Finish struct{ End End }
 )
@@ -195,6 +205,7 @@ func (ClearRefusal) effect()  {}
 func (RenewIdentity) effect() {}
 func (SendIdentity) effect()  {}
 func (Observe) effect()       {}
+func (Acknowledge) effect()   {}
 func (Finish) effect()        {}
 
 // End is how a stream ends.
@@ -282,6 +293,12 @@ func Step(s State, e Event) (State, []Effect) {
 	case Desired:
 		if m.phase == Open {
 			m.push(e.Resources)
+		}
+	case TrustChanged:
+		if m.phase == Open {
+			m.offerTrust(*e.Resource)
+		} else {
+			m.trust = e.Resource
 		}
 	case IdentityMade:
 		m.renewing = false
@@ -465,31 +482,12 @@ func (m *machine) admitted(e Admitted) {
 func (m *machine) push(all []Resource) {
 	desired := make(map[stateKey]struct{}, len(all))
 	for _, r := range all {
-		k := stateKey{r.Kind, r.Name}
-		desired[k] = struct{}{}
-		have, known := m.latest(k)
-		if known && !have.removed && (have.hash == r.Hash || have.hash == [sha256.Size]byte{} && r.Kind == kindTrustBundle && have.number >= r.Revision) {
-			continue
+		desired[stateKey{r.Kind, r.Name}] = struct{}{}
+		if r.Kind == kindTrustBundle {
+			m.offerTrust(r)
+		} else {
+			m.offer(r)
 		}
-		number := max(r.Revision, 1)
-		if known {
-			number = max(number, have.number+1)
-		}
-		if no, ok := lookup(m.refused, k); ok {
-			switch {
-			case no.former:
-				// It may take it now. An answer to a lower number would not replace the stored refusal.
-				number = max(number, no.number)
-			case no.hash == r.Hash:
-				continue
-			case r.Kind == kindSettings:
-				// Their number does not come from a revision: a new one shows that they are others.
-				number = max(number, no.number+1)
-			case no.number >= number:
-				continue
-			}
-		}
-		m.send(version{key: k, number: number, hash: r.Hash}, r.Body)
 	}
 	for _, v := range slices.Concat(m.held, m.sent) {
 		if _, ok := desired[v.key]; ok || v.key.kind != kindTarget {
@@ -500,6 +498,37 @@ func (m *machine) push(all []Resource) {
 			m.send(version{key: v.key, number: max(have.number, no.number) + 1, removed: true}, nil)
 		}
 	}
+}
+
+// offer sends a resource that the agent does not hold, has not been sent and has not refused since it was started.
+func (m *machine) offer(r Resource) {
+	k := stateKey{r.Kind, r.Name}
+	have, known := m.latest(k)
+	if known && !have.removed && (have.hash == r.Hash || have.hash == [sha256.Size]byte{} && r.Kind == kindTrustBundle && have.number >= r.Revision) {
+		if _, asked := lookup(m.sent, k); !asked {
+			m.acknowledge(k, r.Revision)
+		}
+		return
+	}
+	number := max(r.Revision, 1)
+	if known {
+		number = max(number, have.number+1)
+	}
+	if no, ok := lookup(m.refused, k); ok {
+		switch {
+		case no.former:
+			// It may take it now. An answer to a lower number would not replace the stored refusal.
+			number = max(number, no.number)
+		case no.hash == r.Hash:
+			return
+		case r.Kind == kindSettings:
+			// Their number does not come from a revision: a new one shows that they are others.
+			number = max(number, no.number+1)
+		case no.number >= number:
+			return
+		}
+	}
+	m.send(version{key: k, number: number, hash: r.Hash, revision: r.Revision}, r.Body)
 }
 
 // latest is what the agent will have once it has answered.
@@ -540,6 +569,7 @@ func (m *machine) applied(v *agentpb.StateVersion) {
 	}
 	// What was removed is kept as such: should it come back on this stream, its number goes on from there.
 	m.held = with(m.held, sent)
+	m.acknowledge(sent.key, sent.revision)
 	if _, was := lookup(m.refused, sent.key); was {
 		m.refused = without(m.refused, sent.key)
 		m.do(ClearRefusal{Kind: sent.key.kind, Name: sent.key.name})

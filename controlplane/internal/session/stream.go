@@ -386,6 +386,8 @@ func (st *stream) protoStep(e Event) (admit *Admit) {
 				}
 				return err
 			})
+		case Acknowledge:
+			st.s.acks.note(domain.TrustAck{AgentID: st.who.agentID, Version: f.Version, At: st.s.now()})
 		case Observe:
 			st.observed(f.Observation)
 		case RenewIdentity:
