@@ -108,6 +108,15 @@ func importRules() []imports {
 			reason:  "losing it must be an inconvenience, so nothing leaks into it",
 		},
 		{
+			name:    "the cluster's state machine is pure",
+			applies: in("cluster/internal/fsm"),
+			allows: func(_, ours, importPath string, standard bool) bool {
+				pure := []string{"bytes", "cmp", "errors", "fmt", "slices", "strings"}
+				return standard && slices.Contains(pure, importPath) || below(ours, "protocol") || importPath == "google.golang.org/protobuf/proto"
+			},
+			reason: "every node must make the same of a log: no clock, randomness, I/O or log of its own (the package's own test refuses maps and goroutines)",
+		},
+		{
 			name:    "production code does not import tests' packages",
 			applies: func(folder string) bool { return !isTestPackage(folder) },
 			allows: func(_, ours, importPath string, _ bool) bool {
@@ -244,6 +253,9 @@ func TestRulesCanFail(t *testing.T) {
 		{"agent/internal/work", module + "/connectors/catalog/central"},
 		{"tui/cli", module + "/controlplane/node"},
 		{"cluster/link", module + "/controlplane/node"},
+		{"cluster/internal/fsm", "time"},
+		{"cluster/internal/fsm", "math/rand/v2"},
+		{"cluster/internal/fsm", "os"},
 		{"controlplane/node", module + "/controlplane/internal/store/storetest"},
 		{"agent/agentd", "testing"},
 	} {
