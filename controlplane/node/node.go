@@ -129,6 +129,7 @@ func (n *Node) start(ctx context.Context) error {
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	n.background = cancel
 	n.done.Go(func() { n.trust.keep(background) })
+	n.done.Go(func() { n.trust.watch(background, n.parts.sessions.TrustChanged) })
 	n.done.Go(func() { n.parts.nudge.run(background) })
 	n.parts.sessions.Start()
 	n.parts.duties.Start()

@@ -1,7 +1,6 @@
 package node
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -45,11 +44,13 @@ type trust struct {
 	signer   atomic.Pointer[ca.Authority]
 	identity atomic.Pointer[tls.Certificate]
 	roots    atomic.Pointer[x509.CertPool]
+	revision atomic.Int64 // domain.Mesh.Revision of what is in force
+	moved    chan struct{}
 }
 
 // openTrust opens the mesh CA, or makes it at the cluster's first start, and issues this node's identity.
 func openTrust(ctx context.Context, c trustConfig) (*trust, error) {
-	t := &trust{trustConfig: c}
+	t := &trust{trustConfig: c, moved: make(chan struct{}, 1)}
 	_, err := c.Store.CA(ctx, domain.MeshCA)
 	if fault.Is(err, fault.NotFound) {
 		_, err = t.firstStart(ctx)
@@ -65,11 +66,15 @@ func openTrust(ctx context.Context, c trustConfig) (*trust, error) {
 func (t *trust) reload(ctx context.Context) error {
 	t.loading.Lock()
 	defer t.loading.Unlock()
-	roots, err := t.loadRoots(ctx)
+	mesh, err := t.Store.Mesh(ctx)
+	if err != nil {
+		return fmt.Errorf("read the mesh CA: %w", err)
+	}
+	roots, err := ca.Bundle{Version: mesh.Bundle, Roots: mesh.Roots}.Pool()
 	if err != nil {
 		return err
 	}
-	signer, err := t.loadSigner(ctx)
+	signer, err := t.openSigner(ctx, mesh.CA)
 	if err != nil {
 		return err
 	}
@@ -82,16 +87,13 @@ func (t *trust) reload(ctx context.Context) error {
 		t.identity.Store(identity)
 	}
 	t.roots.Store(roots)
+	t.revision.Store(mesh.Revision)
 	return nil
 }
 
-// loadSigner returns the CA that signs now: the one that is open, if it is still that one.
-func (t *trust) loadSigner(ctx context.Context) (*ca.Authority, error) {
-	material, err := t.Store.CA(ctx, domain.MeshCA)
-	if err != nil {
-		return nil, fmt.Errorf("read the mesh CA: %w", err)
-	}
-	if have := t.mesh(); have != nil && bytes.Equal(have.Certificate().Raw, material.Chain[0]) {
+// openSigner returns the CA that is open already, if it is that one.
+func (t *trust) openSigner(ctx context.Context, material domain.CA) (*ca.Authority, error) {
+	if have := t.mesh(); have != nil && have.SameCA(material) {
 		return have, nil
 	}
 	keys := func(id string) (domain.SealedKey, error) { return t.Store.SealedKey(ctx, id) }
@@ -116,14 +118,6 @@ func (t *trust) firstStart(ctx context.Context) (domain.CA, error) {
 	}
 	return t.Store.InstallCA(ctx, m.CA, m.Keys, m.Roots(),
 		domain.Op{Actor: "node:" + t.NodeID, RequestID: id.New(id.Request), At: domain.Micro(t.Clock.Now())})
-}
-
-func (t *trust) loadRoots(ctx context.Context) (*x509.CertPool, error) {
-	version, roots, err := t.Store.TrustBundle(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("read the trust bundle: %w", err)
-	}
-	return ca.Bundle{Version: version, Roots: roots}.Pool()
 }
 
 // renew gives this node a new key and identity.
@@ -168,6 +162,60 @@ func (t *trust) issue(signer *ca.Authority) (*tls.Certificate, error) {
 	chain := append([][]byte{der}, signer.Chain()...)
 	chain = append(chain, signer.Roots()...)
 	return &tls.Certificate{Certificate: chain, PrivateKey: key, Leaf: leaf}, nil
+}
+
+// look makes watch look at once; it never blocks.
+func (t *trust) look() {
+	select {
+	case t.moved <- struct{}{}:
+	default:
+	}
+}
+
+// trustInterval is how soon a node notices by itself that a rollover of the mesh CA has gone a step on: one row read by its
+// key each time.
+const trustInterval = 2 * time.Second
+
+// watch takes every step of a rollover into force, and then tells it, until ctx ends.
+func (t *trust) watch(ctx context.Context, tell func(context.Context) error) {
+	told := t.revision.Load()
+	ticks := t.Clock.NewTicker(trustInterval)
+	defer ticks.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.moved:
+		case <-ticks.Chan():
+		}
+		if err := t.follow(ctx, &told, tell); err != nil && ctx.Err() == nil {
+			t.Log.Error("the mesh CA or the trust bundle has changed and is not in force on this node; it will be tried again", "error", err)
+		}
+	}
+}
+
+// follow is one look of watch. A store that does not answer is no news here.
+func (t *trust) follow(ctx context.Context, told *int64, tell func(context.Context) error) error {
+	now, err := t.Store.MeshRevision(ctx)
+	if err != nil {
+		t.Log.Debug("the revision of the mesh CA was not read", "error", err)
+		return nil //nolint:nilerr // the next look reads it again
+	}
+	if now != t.revision.Load() {
+		if err := t.reload(ctx); err != nil {
+			return err
+		}
+	}
+	now = t.revision.Load()
+	if now == *told {
+		return nil
+	}
+	if err := tell(ctx); err != nil {
+		return err
+	}
+	*told = now
+	t.Log.Info("the mesh CA or the trust bundle has changed", "revision", now, "generation", t.mesh().Generation())
+	return nil
 }
 
 // keep renews the identity at half of its validity until ctx ends.

@@ -58,7 +58,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		p.duties.Trigger(duty.ShortLivedExpiry)
 	})
 	if p.sessions, err = session.New(session.Config{NodeID: n.cfg.Node.ID, TrustDomain: n.cfg.Mesh.TrustDomain, Store: n.store,
-		Mesh: n.mesh, Issue: pipeline, Hub: changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
+		Mesh: n.mesh, Reload: n.trust.reload, Issue: pipeline, Hub: changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
 		IdentityTTL: n.cfg.Mesh.IdentityTTL, VerifyTimeout: n.cfg.Jobs.VerifyTimeout, VerifyInterval: n.cfg.Jobs.VerifyInterval, BeatInterval: n.beatInterval(), MaxBeat: n.maxBeat(),
 		Handshakes: n.cfg.Mesh.Handshakes, Changed: p.nudge.request}); err != nil {
 		return nil, err
