@@ -1,0 +1,157 @@
+package permit
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/jonboulle/clockwork"
+
+	clusterpb "github.com/certmesh/certmesh/protocol/cluster/v1"
+	"github.com/certmesh/certmesh/protocol/fault"
+)
+
+// Log is the Raft log as leases see it; *cluster.Node is one.
+type Log interface {
+	// Propose returns nil once the command is committed. Then this node has led at some time after Propose was called.
+	Propose(ctx context.Context, c *clusterpb.Command) error
+	// Leases, Pauses and LastLeaseID are what a Ledger says that has applied all that was committed when this node began to
+	// lead.
+	Leases() []*clusterpb.PermitLease
+	Pauses() []*clusterpb.PauseIssuer
+	LastLeaseID() uint64
+}
+
+// LeaderConfig is what a Leader needs.
+type LeaderConfig struct {
+	Log Log
+	// Limits says what is allowed toward an issuer, at any time. A change holds fully once leases granted before have lapsed.
+	Limits func(issuerID string) Limits
+	// Lease is how long leases are; 0: DefaultLease. All nodes have the same: one that changes it while Raft is wiped on all
+	// nodes can exceed a cap for one lease.
+	Lease  time.Duration
+	Clock  clockwork.Clock
+	Logger *slog.Logger
+}
+
+// Leader answers requests for permits while its node leads. It is safe for concurrent use.
+type Leader struct {
+	cfg   LeaderConfig
+	start time.Time
+
+	mu sync.Mutex
+	// granter is nil while this node does not lead.
+	granter *Granter
+}
+
+// NewLeader returns a Leader that does not lead.
+func NewLeader(cfg LeaderConfig) (*Leader, error) {
+	if cfg.Log == nil || cfg.Limits == nil || cfg.Clock == nil || cfg.Logger == nil {
+		return nil, fault.New(fault.Internal, "a leader of permits needs a log, limits, a clock and a logger")
+	}
+	if cfg.Lease <= 0 {
+		cfg.Lease = DefaultLease
+	}
+	return &Leader{cfg: cfg, start: cfg.Clock.Now()}, nil
+}
+
+// Lead answers requests until ctx ends. It is called after this node began to lead and has applied what was committed
+// before; ctx ends with the leadership.
+func (l *Leader) Lead(ctx context.Context) {
+	l.mu.Lock()
+	g := NewGranter(Term{Now: l.now(), Lease: l.cfg.Lease, Leases: l.cfg.Log.Leases(), Pauses: l.cfg.Log.Pauses(), LastID: l.cfg.Log.LastLeaseID(),
+		Seed: rand.Uint64()}) //nolint:gosec // Against repetition, not against guessing.
+	l.granter = g
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.granter == g {
+			l.granter = nil
+		}
+	}()
+	sweep := l.cfg.Clock.NewTicker(l.cfg.Lease)
+	defer sweep.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-sweep.Chan():
+		}
+		l.mu.Lock()
+		commands := g.Sweep(l.now())
+		l.mu.Unlock()
+		for _, c := range commands {
+			l.propose(ctx, c)
+		}
+	}
+}
+
+func (l *Leader) now() time.Duration { return l.cfg.Clock.Since(l.start) }
+
+// propose is for what is only worth knowing.
+func (l *Leader) propose(ctx context.Context, c *clusterpb.Command) {
+	limited, cancel := context.WithTimeout(ctx, l.cfg.Lease/4)
+	defer cancel()
+	if err := l.cfg.Log.Propose(limited, c); err != nil && ctx.Err() == nil {
+		l.cfg.Logger.Warn("a note about permits did not reach the log", "error", err)
+	}
+}
+
+// Lease decides a request of a node, named by its certificate. Conflict: this node does not lead. Another error says that
+// the grant is not known to be committed; it is counted as if it were.
+func (l *Leader) Lease(ctx context.Context, nodeID string, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error) {
+	switch {
+	case r.GetIssuerId() == "" || len(r.GetIssuerId()) > maxName:
+		return nil, fault.InvalidField("issuer_id", "must have 1 to %d bytes", maxName)
+	case len(r.GetInstance()) > maxName:
+		return nil, fault.InvalidField("instance", "must have at most %d bytes", maxName)
+	}
+	l.mu.Lock()
+	g := l.granter
+	if g == nil {
+		l.mu.Unlock()
+		return nil, fault.New(fault.Conflict, "this node does not lead; ask the one that does")
+	}
+	d := g.Ask(l.now(), nodeID, r, l.cfg.Limits(r.GetIssuerId()))
+	l.mu.Unlock()
+	if d.Pause != nil {
+		l.propose(ctx, d.Pause)
+	}
+	if d.Grant != nil {
+		// Committed means that this node led after it took the request: who leads next began later, and waits a whole lease.
+		if err := l.cfg.Log.Propose(ctx, d.Grant); err != nil {
+			return nil, fault.Wrap(fault.Retryable, err, "commit a lease of permits")
+		}
+	}
+	return d.Response, nil
+}
+
+// maxName bounds what a request names, in bytes.
+const maxName = 256
+
+// Alone is a Leaser for a process that shares its issuers with no other: it leads, and keeps no log. It grants at once,
+// because what a process before it had in flight ended with it.
+type Alone struct {
+	start   time.Time
+	clk     clockwork.Clock
+	limits  func(issuerID string) Limits
+	mu      sync.Mutex
+	granter *Granter
+}
+
+// NewAlone leases for as long as a DefaultLease.
+func NewAlone(clk clockwork.Clock, limits func(issuerID string) Limits) *Alone {
+	return &Alone{start: clk.Now(), clk: clk, limits: limits, granter: NewGranter(Term{Now: -DefaultLease, Lease: DefaultLease})}
+}
+
+// Lease implements Leaser.
+func (a *Alone) Lease(_ context.Context, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	now := a.clk.Since(a.start)
+	a.granter.Sweep(now)
+	return a.granter.Ask(now, "", r, a.limits(r.GetIssuerId())).Response, nil
+}
