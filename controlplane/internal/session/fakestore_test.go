@@ -43,6 +43,9 @@ type fakeStore struct {
 	calls      map[string]int
 	issuing    int
 	mostIssues int
+	recovered  time.Time
+	cas        []domain.CA
+	adopted    []domain.FoundLeaf
 
 	// before is asked before every call; an error takes the place of the answer.
 	before func(method string) error

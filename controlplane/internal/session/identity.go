@@ -28,6 +28,7 @@ import (
 type caller struct {
 	agentID, serial   string
 	notAfter          time.Time
+	certificate       *x509.Certificate // verified; nil for who has shown none
 	remote, requestID string
 }
 
@@ -55,7 +56,7 @@ func (s *Server) caller(ctx context.Context) (caller, error) {
 	case kind != ca.KindAgent:
 		return c, fault.New(fault.Unauthorized, "the client certificate is not an agent's")
 	}
-	c.agentID, c.serial, c.notAfter = agentID, ca.SerialText(cert.SerialNumber), cert.NotAfter
+	c.agentID, c.serial, c.notAfter, c.certificate = agentID, ca.SerialText(cert.SerialNumber), cert.NotAfter, cert
 	return c, nil
 }
 

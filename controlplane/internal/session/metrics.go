@@ -10,9 +10,9 @@ type metrics struct {
 	sessions prometheus.GaugeFunc
 	held     *gauges
 
-	received, sent, assigned, results, refused *prometheus.CounterVec
-	timeouts, unknownLeaves                    prometheus.Counter
-	wakesSent, wakesReceived, resyncs, moved   prometheus.Counter
+	received, sent, assigned, results, refused, adopted *prometheus.CounterVec
+	timeouts, unknownLeaves                             prometheus.Counter
+	wakesSent, wakesReceived, resyncs, moved            prometheus.Counter
 }
 
 func newMetrics(s *Server) *metrics {
@@ -33,6 +33,7 @@ func newMetrics(s *Server) *metrics {
 		refused:       vec("handshakes_refused_total", "Hellos, enrolments and renewals refused, by reason.", "reason"),
 		timeouts:      one("send_timeouts_total", "Streams ended because the agent did not read."),
 		unknownLeaves: one("unknown_leaves_total", "Leaves that agents hold and that are not on record."),
+		adopted:       vec("leaves_adopted_total", "Reported leaves that were not on record, by what became of them: version, found, known.", "outcome"),
 		wakesSent:     one("remote_wakes_sent_total", "Agents that other nodes were asked to wake."),
 		wakesReceived: one("remote_wakes_received_total", "Agents that other nodes asked this one to wake."),
 		resyncs:       one("resyncs_total", "Looks at all agents held, after a link to another node was made anew."),
@@ -41,7 +42,7 @@ func newMetrics(s *Server) *metrics {
 }
 
 func (m *metrics) all() []prometheus.Collector {
-	return []prometheus.Collector{m.sessions, m.held, m.received, m.sent, m.assigned, m.results, m.refused, m.timeouts, m.unknownLeaves,
+	return []prometheus.Collector{m.sessions, m.held, m.received, m.sent, m.assigned, m.results, m.refused, m.timeouts, m.unknownLeaves, m.adopted,
 		m.wakesSent, m.wakesReceived, m.resyncs, m.moved}
 }
 

@@ -17,7 +17,7 @@ import (
 const maxLeaves = 20_000
 
 // Report implements the agent service: it compares the leaves that an agent holds with what was issued to it. A leaf that
-// is not on record is counted, logged and put into the trail.
+// is not on record is taken in if a CA of ours signed it (adopt.go), else counted, logged and put into the trail.
 func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, agentpb.ReportResponse]) error {
 	ctx := wire.Context()
 	who, err := s.caller(ctx)
@@ -34,6 +34,7 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 	defer s.held.end(who.agentID, announced)
 	var prints []string
 	unknown := 0
+	adopt := adoption{s: s, who: who}
 	issued := record{s: s, agentID: who.agentID, read: map[string]map[int64]string{}}
 	for last := false; !last; {
 		r, err := wire.Recv()
@@ -50,6 +51,7 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 		if len(prints)+len(leaves.GetLeaves()) > maxLeaves {
 			return fault.New(fault.Exhausted, "a report has at most %d leaves", maxLeaves)
 		}
+		var missing []*agentpb.HeldLeaf
 		for _, l := range leaves.GetLeaves() {
 			print := domain.HashHex(l.GetCertificate())
 			prints = append(prints, print)
@@ -60,10 +62,11 @@ func (s *Server) Report(wire grpc.ClientStreamingServer[agentpb.ReportRequest, a
 			if known {
 				continue
 			}
-			unknown++
-			if err := s.unknownLeaf(ctx, who, l, print); err != nil {
-				return err
-			}
+			missing = append(missing, l)
+		}
+		unknown += len(missing)
+		if err := adopt.take(ctx, missing); err != nil {
+			return err
 		}
 		last = leaves.GetLast()
 	}

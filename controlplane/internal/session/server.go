@@ -32,6 +32,7 @@ type Store interface {
 	Joining
 	States
 	Trail
+	Recovery
 }
 
 // Sessions keeps who holds which stream.

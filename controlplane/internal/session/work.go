@@ -238,8 +238,12 @@ func (st *stream) admit(h Hello) {
 	defer cancel()
 	id := st.who.agentID
 	now := s.now()
-	o := s.cfg.Store.OpenSessions(ctx, []domain.SessionOpen{{AgentID: id, Node: s.cfg.NodeID, BootID: h.BootID, Facts: h.Facts,
-		Labels: h.Labels, Protocol: protocolMax, Capabilities: h.Capabilities, IdentitySerial: st.who.serial, At: now}})[0]
+	hello := []domain.SessionOpen{{AgentID: id, Node: s.cfg.NodeID, BootID: h.BootID, Facts: h.Facts,
+		Labels: h.Labels, Protocol: protocolMax, Capabilities: h.Capabilities, IdentitySerial: st.who.serial, At: now}}
+	o := s.cfg.Store.OpenSessions(ctx, hello)[0]
+	if fault.Is(o.Err, fault.Unauthorized) && s.readmit(ctx, st.who) {
+		o = s.cfg.Store.OpenSessions(ctx, hello)[0]
+	}
 	if o.Err != nil {
 		st.refuse(ctx, o.Err)
 		return

@@ -122,7 +122,7 @@ func liteTrouble(err error, path string) error {
 	case lite.Code()&0xff == sqlite3.SQLITE_NOTADB, lite.Code()&0xff == sqlite3.SQLITE_CORRUPT:
 		return fault.Wrap(fault.Invalid, err, "%s is not a sound SQLite database; restore it from an older backup", path)
 	}
-	return fault.Wrap(fault.Internal, err, "SQLite could not copy %s", path)
+	return fault.Wrap(fault.Internal, err, "SQLite cannot work with %s", path)
 }
 
 // inspect checks every page of the copy and that it is a store.

@@ -16,6 +16,8 @@ func (s *Store) Revoked(ctx context.Context, issuerID string, now time.Time) ([]
 	err := s.read(ctx, "crl.entries", func(t *tx) error {
 		var err error
 		all, err = collect(t, `SELECT serial, revoked_at, revocation_reason, not_after FROM version
+WHERE issuer_id = $1 AND revoked_at IS NOT NULL AND not_after > $2
+UNION ALL SELECT serial, revoked_at, revocation_reason, not_after FROM found_leaf
 WHERE issuer_id = $1 AND revoked_at IS NOT NULL AND not_after > $2 ORDER BY serial`, []any{issuerID, micro(now)},
 			func(scan scanner) (domain.RevokedEntry, error) {
 				var e domain.RevokedEntry

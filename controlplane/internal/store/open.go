@@ -133,7 +133,7 @@ func (s *Store) openServer(dsn string) error {
 		"idle_in_transaction_session_timeout": idleInTransaction,
 		"lock_timeout":                        lockTimeout,
 		"default_transaction_isolation":       "serializable",
-		"application_name":                    "certmesh",
+		"application_name":                    applicationName,
 	} {
 		if _, set := cfg.RuntimeParams[k]; !set {
 			cfg.RuntimeParams[k] = v

@@ -254,7 +254,7 @@ WHERE (placement.due_at IS NOT NULL AND job.id IS NOT NULL)
 UNION ALL SELECT intent.id FROM intent LEFT JOIN version ON intent.certificate_id = version.certificate_id AND intent.agent_id = version.agent_id
  AND intent.generation = version.generation WHERE version.serial IS NULL AND intent.state = 'Consumed'`},
 	{"every version is in the trail once",
-		`SELECT version.serial FROM version WHERE 1 <> (SELECT COUNT(*) FROM audit WHERE audit.action = 'certificate.issued' AND audit.resource = 'certificate/' || version.certificate_id
+		`SELECT version.serial FROM version WHERE 1 <> (SELECT COUNT(*) FROM audit WHERE audit.action IN ('certificate.issued', 'certificate.adopted') AND audit.resource = 'certificate/' || version.certificate_id
  AND audit.detail LIKE '%"serial":"' || version.serial || '"%')`},
 	{"every end of a deployment is in the trail once",
 		`SELECT job.id FROM job WHERE job.target_id <> '' AND job.state IN ('Completed', 'Failed', 'Cancelled') AND 1 <> (SELECT COUNT(*) FROM audit
