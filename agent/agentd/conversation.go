@@ -154,6 +154,8 @@ func (c *conversation) state(st *agentpb.State) {
 		answer = &agentpb.ConnectRequest{Message: &agentpb.ConnectRequest_Rejected{Rejected: &agentpb.Rejected{Version: v, Failure: work.FailureOf(err)}}}
 	} else if st.GetRemoved() != nil && v.GetKind() == state.KindTarget {
 		c.a.engine.Forget(v.GetName())
+	} else if st.GetTrustBundle() != nil {
+		c.renewAfter(c.a.untilRenewal(c.id)) // another CA may sign now
 	} else if s := st.GetSettings(); s.GetBeatIntervalMs() > 0 {
 		c.session.SetBeat(time.Duration(min(s.GetBeatIntervalMs(), int64(time.Hour/time.Millisecond))) * time.Millisecond)
 	}
@@ -170,7 +172,7 @@ const (
 
 // untilRenewal is how long the identity need not be renewed.
 func (a *agent) untilRenewal(id *identity.Identity) time.Duration {
-	at := id.RenewAt()
+	at := a.ids.RenewAt(id)
 	if soonest := a.renewed.Add(retryAfter(id)); at.Before(soonest) {
 		at = soonest
 	}

@@ -83,7 +83,7 @@ func Status(cfg Config) (Report, error) {
 	}
 	if id := ids.Current(); id != nil {
 		r.Identity = &IdentityReport{AgentID: id.AgentID, TrustDomain: id.TrustDomain, Serial: id.Serial,
-			NotBefore: id.NotBefore, NotAfter: id.NotAfter, RenewAt: id.RenewAt(), TrustBundle: ids.Bundle(),
+			NotBefore: id.NotBefore, NotAfter: id.NotAfter, RenewAt: ids.RenewAt(id), TrustBundle: ids.Bundle(),
 			Standing: map[identity.Standing]string{identity.Good: "good", identity.Lapsed: "lapsed", identity.Lost: "lost"}[id.StandingAt(cfg.Clock.Now())]}
 	}
 	k, err := state.Open(state.Config{Files: durable.ReadOnlyDir(filepath.Join(cfg.DataDir, "state")), Log: cfg.Log})

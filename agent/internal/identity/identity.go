@@ -66,9 +66,13 @@ type Identity struct {
 // together do not renew together. It is the same after every restart.
 func (i *Identity) RenewAt() time.Time {
 	life := i.NotAfter.Sub(i.NotBefore)
+	return i.NotBefore.Add(life/2 + time.Duration(float64(life)/20*i.fraction()))
+}
+
+// fraction in [0, 1) is the same for one identity always, and spreads what is done with many.
+func (i *Identity) fraction() float64 {
 	h := sha256.Sum256(i.cert.Leaf.Raw)
-	spread := time.Duration(float64(life) / 20 * float64(binary.BigEndian.Uint16(h[:])) / 65536)
-	return i.NotBefore.Add(life/2 + spread)
+	return float64(binary.BigEndian.Uint16(h[:])) / 65536
 }
 
 // Standing says what an identity is good for at a moment.
@@ -111,6 +115,8 @@ type Manager struct {
 	next    *ecdsa.PrivateKey
 	bundle  *agentpb.TrustBundle
 	roots   []*x509.Certificate
+	// bundleAt is when this process opened the bundle or took it into force.
+	bundleAt time.Time
 	// peer is the chain of the last server that was accepted; a trust bundle that would lock it out is refused.
 	peer []*x509.Certificate
 }
@@ -159,7 +165,7 @@ func Open(files durable.Store, now func() time.Time, log *slog.Logger) (*Manager
 		if m.roots, err = parseRoots(b); err != nil {
 			return nil, fault.Wrap(fault.Internal, err, "%s is damaged; remove the identity folder and enrol again", fileBundle)
 		}
-		m.bundle = b
+		m.bundle, m.bundleAt = b, now()
 	}
 	return m, nil
 }
@@ -422,7 +428,7 @@ func (m *Manager) writeBundleLocked(b *agentpb.TrustBundle, roots []*x509.Certif
 	if err := m.files.Write(fileBundle, data); err != nil {
 		return err
 	}
-	m.bundle, m.roots = proto.CloneOf(b), roots
+	m.bundle, m.roots, m.bundleAt = proto.CloneOf(b), roots, m.now()
 	return nil
 }
 

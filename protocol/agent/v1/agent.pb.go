@@ -579,7 +579,8 @@ type TrustBundle struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Rises with every change; an agent ignores a lower one.
 	Version int64 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
-	// DER certificates, at least one.
+	// DER certificates, at least one. The first is that of the CA which signs identities now: an agent whose identity is of
+	// another one renews it soon.
 	Roots         [][]byte `protobuf:"bytes,2,rep,name=roots,proto3" json:"roots,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
