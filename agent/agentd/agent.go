@@ -48,7 +48,8 @@ type agent struct {
 	life   life
 	bootID string
 	facts  *agentpb.Facts
-	locks  []io.Closer
+	// locks and files are given back at the end, last first.
+	locks []io.Closer
 
 	// refused counts conversations in a row that servers ended for this identity.
 	refused int
@@ -157,10 +158,12 @@ func (a *agent) open(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		d, err := durable.OpenDir(a.path("placed"))
+		a.locks = append(a.locks, j)
+		d, err := durable.OpenLog(a.path("placed"), a.cfg.Log)
 		if err != nil {
 			return err
 		}
+		a.locks = append(a.locks, d)
 		jrn, a.keys, placed = j, k, d
 	}
 	a.keys = a.life.keys(a.keys)

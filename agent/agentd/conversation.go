@@ -24,6 +24,9 @@ import (
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
+// maxStates is how many states a Hello lists; of more none is.
+const maxStates = 512
+
 // conversation is the agent behind one stream.
 type conversation struct {
 	a       *agent
@@ -56,7 +59,7 @@ func (c *conversation) Hello() *agentpb.Hello {
 	h.Open, h.Credits = a.engine.Greet()
 	leaves := a.leaves()
 	h.LeafCount, h.LeavesHash = int32(min(len(leaves), math.MaxInt32)), hashLeaves(leaves)
-	if proto.Size(h) > stream.MaxMessage {
+	if len(h.States) > maxStates || proto.Size(h) > stream.MaxMessage {
 		// The server then sends every state again; what is open must not be left out.
 		h.States = nil
 	}

@@ -94,18 +94,24 @@ type cutJournal struct {
 	l *life
 }
 
-func (c cutJournal) Put(e *journal.Entry) error {
+// Put passes once before the entry is handed on, and once when it is stored and nobody has been told.
+func (c cutJournal) Put(e *journal.Entry, stored func(error)) {
 	if err := c.l.pass("journal put"); err != nil {
-		return err
+		go stored(err)
+		return
 	}
-	return c.Journal.Put(e)
+	c.Journal.Put(e, func(err error) {
+		if dead := c.l.pass("journal stored"); dead != nil {
+			err = dead
+		}
+		stored(err)
+	})
 }
 
-func (c cutJournal) Drop(id string) error {
-	if err := c.l.pass("journal drop"); err != nil {
-		return err
+func (c cutJournal) Drop(id string) {
+	if c.l.pass("journal drop") == nil {
+		c.Journal.Drop(id)
 	}
-	return c.Journal.Drop(id)
 }
 
 func (c cutJournal) Probe() error {

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/certmesh/certmesh/agent/internal/durable"
 	agentpb "github.com/certmesh/certmesh/protocol/agent/v1"
 	"github.com/certmesh/certmesh/protocol/fault"
 )
@@ -37,8 +38,8 @@ func TestDrift(t *testing.T) {
 		t.Fatalf("%v", res)
 	}
 	s.settle(&agentpb.Settled{Id: res.GetId(), Attempt: 1, Outcome: agentpb.Settled_OUTCOME_OK, CertificateId: certID})
-	if kept := must(filepath.Glob(filepath.Join(cfg.DataDir, "placed", "placed-*"))); len(kept) != 1 {
-		t.Fatalf("recorded: %v", kept)
+	if kept := must(durable.ReadLog(filepath.Join(cfg.DataDir, "placed"))); len(kept) != 1 {
+		t.Fatalf("recorded: %d", len(kept))
 	}
 	s.state(&agentpb.State{Version: &agentpb.StateVersion{Kind: "settings", Version: 1},
 		Body: &agentpb.State_Settings{Settings: &agentpb.Settings{VerifyTimeoutMs: 10, VerifyIntervalMs: 1000}}})

@@ -93,7 +93,7 @@ func Status(cfg Config) (Report, error) {
 	for _, v := range k.Versions() {
 		r.States = append(r.States, StateReport{v.GetKind(), v.GetName(), v.GetVersion()})
 	}
-	entries, err := journal.View(filepath.Join(cfg.DataDir, "journal")).All()
+	entries, err := journal.View(filepath.Join(cfg.DataDir, "journal"))
 	if err != nil {
 		return r, err
 	}

@@ -34,7 +34,24 @@ func WriteFile(path string, data []byte, mode fs.FileMode) error {
 	return nil
 }
 
-func writeFile(path string, data []byte, mode fs.FileMode) (err error) {
+// Replace is WriteFile for what may be lost in a power cut: nothing is synced, and after one path may hold the old or the new
+// content, or a part of it.
+func Replace(path string, data []byte, mode fs.FileMode) error {
+	if err := replace(path, data, mode, false); err != nil {
+		return fault.Wrap(fault.Retryable, err, "%s cannot be written (%s); free space or correct its permissions",
+			path, Reason(err))
+	}
+	return nil
+}
+
+func writeFile(path string, data []byte, mode fs.FileMode) error {
+	if err := replace(path, data, mode, true); err != nil {
+		return err
+	}
+	return SyncDir(filepath.Dir(path))
+}
+
+func replace(path string, data []byte, mode fs.FileMode, sync bool) (err error) {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, tempPrefix+"*")
 	if err != nil {
@@ -53,16 +70,15 @@ func writeFile(path string, data []byte, mode fs.FileMode) (err error) {
 	if _, err := f.Write(data); err != nil {
 		return err
 	}
-	if err := f.Sync(); err != nil {
-		return err
+	if sync {
+		if err := f.Sync(); err != nil {
+			return err
+		}
 	}
 	if err := f.Close(); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	return SyncDir(dir)
+	return os.Rename(f.Name(), path)
 }
 
 // Reason names the operating system's cause of err in a few words, without paths.

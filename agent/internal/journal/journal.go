@@ -1,25 +1,15 @@
 // Package journal remembers on disk every assignment that the agent accepted and the server has not settled.
 //
-// One small file per open assignment, replaced by rename with fsync of file and directory. That is simpler than a log
-// and safe: there is no torn tail and nothing to compact, an entry's removal needs no free space, and at most a few
-// hundred entries are open (work.MaxOpen). A removal is not fsynced: an entry that comes back after a power cut is
-// resolved by the next Welcome's verdict.
+// The entries of a Disk are in one durable.Log: what many assignments store at the same time becomes durable with one
+// fsync. A removal is not fsynced: an entry that comes back after a power cut is resolved by the next Welcome's verdict.
 package journal
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
-	"hash/crc32"
 	"io/fs"
 	"log/slog"
-	"os"
-	"path/filepath"
 	"sort"
-	"strconv"
-	"strings"
 	"sync"
 
 	"google.golang.org/protobuf/proto"
@@ -60,19 +50,28 @@ func (e *Entry) Clone() *Entry {
 	return &c
 }
 
-// Journal keeps entries by assignment id. Calls are safe for concurrent use.
+// Journal keeps entries by assignment id. Calls are safe for concurrent use; what Put and Drop do comes about in the order
+// of the calls.
 type Journal interface {
-	// Put stores the entry and returns once it is durable.
-	Put(e *Entry) error
-	// Drop forgets an assignment; unknown is fine.
-	Drop(id string) error
-	// All returns every entry, ordered by assignment id.
+	// Put stores the entry, which must not be changed afterwards, and returns at once. stored is called, not from within Put,
+	// once it is durable, or with the reason why it cannot be.
+	Put(e *Entry, stored func(error))
+	// Drop forgets an assignment; unknown is fine. It returns at once.
+	Drop(id string)
+	// All returns every stored entry, ordered by assignment id.
 	All() ([]*Entry, error)
 	// Probe says whether a Put would succeed now.
 	Probe() error
 }
 
-// record is the file's body: a line "certmesh-journal 1 <crc32c>" and then this as JSON.
+// Store is Put for who wants to wait.
+func Store(j Journal, e *Entry) error {
+	c := make(chan error, 1)
+	j.Put(e, func(err error) { c <- err })
+	return <-c
+}
+
+// record is an entry's encoding, as JSON.
 type record struct {
 	Assignment []byte          `json:"assignment"`
 	CSR        []byte          `json:"csr,omitempty"`
@@ -80,10 +79,6 @@ type record struct {
 	Receipt    json.RawMessage `json:"receipt,omitempty"`
 	Result     []byte          `json:"result,omitempty"`
 }
-
-const header = "certmesh-journal 1 "
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func encode(e *Entry) ([]byte, error) {
 	r := record{CSR: e.CSR, SPKI: e.SPKI, Receipt: e.Receipt}
@@ -100,27 +95,20 @@ func encode(e *Entry) ([]byte, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.Internal, err, "a journal entry cannot be encoded")
 	}
-	head := fmt.Sprintf("%s%08x\n", header, crc32.Checksum(body, castagnoli))
-	return append([]byte(head), body...), nil
+	return body, nil
 }
 
-func decode(data []byte) (*Entry, error) {
-	head, body, ok := strings.Cut(string(data), "\n")
-	sum, found := strings.CutPrefix(head, header)
-	if !ok || !found {
-		return nil, fault.New(fault.Internal, "no journal entry")
-	}
-	want, err := strconv.ParseUint(sum, 16, 32)
-	if err != nil || uint32(want) != crc32.Checksum([]byte(body), castagnoli) {
-		return nil, fault.New(fault.Internal, "the checksum does not match")
-	}
+func decode(id string, data []byte) (*Entry, error) {
 	var r record
-	if err := json.Unmarshal([]byte(body), &r); err != nil {
+	if err := json.Unmarshal(data, &r); err != nil {
 		return nil, fault.Wrap(fault.Internal, err, "the entry cannot be decoded")
 	}
 	e := &Entry{Assignment: &agentpb.Assignment{}, CSR: r.CSR, SPKI: r.SPKI, Receipt: r.Receipt}
 	if err := proto.Unmarshal(r.Assignment, e.Assignment); err != nil {
 		return nil, fault.Wrap(fault.Internal, err, "the assignment cannot be decoded")
+	}
+	if e.Assignment.GetId() != id {
+		return nil, fault.New(fault.Internal, "the entry is of another assignment")
 	}
 	if len(r.Result) > 0 {
 		e.Result = &agentpb.Result{}
@@ -133,111 +121,76 @@ func decode(data []byte) (*Entry, error) {
 
 // Disk is the Journal of a real host.
 type Disk struct {
-	dir    string
-	log    *slog.Logger
-	frozen bool
-	// locks order what happens to one entry, by a hash of its id; entries are apart on disk, and their fsyncs overlap.
-	locks [64]sync.Mutex
+	files *durable.Log
+	log   *slog.Logger
 }
 
-const suffix = ".entry"
-
-// Open makes dir and removes what interrupted writes left.
+// Open makes dir if needed and reads what is in it.
 func Open(dir string, log *slog.Logger) (*Disk, error) {
-	if err := durable.PrivateDir(dir); err != nil {
+	l, err := durable.OpenLog(dir, log)
+	if err != nil {
 		return nil, err
 	}
-	if err := durable.Sweep(dir); err != nil {
+	return &Disk{files: l, log: log}, nil
+}
+
+// View returns the entries in dir for looking only, beside an agent that may be running. What is damaged is left out.
+func View(dir string) ([]*Entry, error) {
+	blobs, err := durable.ReadLog(dir)
+	if err != nil {
 		return nil, err
 	}
-	return &Disk{dir: dir, log: log}, nil
-}
-
-// View returns a Disk for All only, beside an agent that may be running: it makes, moves and removes nothing.
-func View(dir string) *Disk {
-	return &Disk{dir: dir, log: slog.New(slog.DiscardHandler), frozen: true}
-}
-
-// lock takes the lock of an entry and returns its release.
-func (d *Disk) lock(id string) func() {
-	m := &d.locks[crc32.Checksum([]byte(id), castagnoli)%uint32(len(d.locks))]
-	m.Lock()
-	return m.Unlock
-}
-
-// path hashes the id: it comes from the server and must not be a path.
-func (d *Disk) path(id string) string {
-	h := sha256.Sum256([]byte(id))
-	return filepath.Join(d.dir, hex.EncodeToString(h[:16])+suffix)
+	var out []*Entry
+	for id, data := range blobs {
+		if e, err := decode(id, data); err == nil {
+			out = append(out, e)
+		}
+	}
+	sortEntries(out)
+	return out, nil
 }
 
 // Put implements Journal.
-func (d *Disk) Put(e *Entry) error {
+func (d *Disk) Put(e *Entry, stored func(error)) {
 	data, err := encode(e)
 	if err != nil {
-		return err
+		go stored(err)
+		return
 	}
-	defer d.lock(e.Assignment.GetId())()
-	return durable.WriteFile(d.path(e.Assignment.GetId()), data, 0o600)
+	d.files.Begin(e.Assignment.GetId(), data, stored)
 }
 
 // Drop implements Journal.
-func (d *Disk) Drop(id string) error {
-	defer d.lock(id)()
-	if err := os.Remove(d.path(id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fault.Wrap(fault.Retryable, err, "a journal entry cannot be removed (%s)", durable.Reason(err))
-	}
-	return nil
+func (d *Disk) Drop(id string) {
+	d.files.Forget(id, func(err error) {
+		if err != nil {
+			d.log.Warn("journal entry not removed; the next Welcome settles it again", "job_id", id, "err", err)
+		}
+	})
 }
 
 // Probe implements Journal.
-func (d *Disk) Probe() error {
-	defer d.lock("probe")()
-	path := filepath.Join(d.dir, "probe")
-	if err := durable.WriteFile(path, make([]byte, 4096), 0o600); err != nil {
-		return err
-	}
-	if err := os.Remove(path); err != nil {
-		return fault.Wrap(fault.Retryable, err, "%s cannot be removed (%s)", path, durable.Reason(err))
-	}
-	return nil
-}
+func (d *Disk) Probe() error { return d.files.Probe() }
 
-// All implements Journal. An entry that cannot be decoded is renamed aside and logged: one bad sector must not keep
-// the agent from its other work, and the server assigns again what Hello does not list.
+// All implements Journal. An entry that cannot be decoded is left out and logged: it must not keep the agent from its other
+// work, and the server assigns again what Hello does not list.
 func (d *Disk) All() ([]*Entry, error) {
-	es, err := os.ReadDir(d.dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	ids, err := d.files.List("")
 	if err != nil {
-		return nil, fault.Wrap(fault.Retryable, err, "the journal %s cannot be read (%s)", d.dir, durable.Reason(err))
+		return nil, err
 	}
 	var out []*Entry
-	for _, f := range es {
-		if !f.Type().IsRegular() || !strings.HasSuffix(f.Name(), suffix) {
-			continue
-		}
-		path := filepath.Join(d.dir, f.Name())
-		data, err := os.ReadFile(path)
+	for _, id := range ids {
+		data, err := d.files.Read(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			return nil, fault.Wrap(fault.Retryable, err, "the journal entry %s cannot be read (%s)", path, durable.Reason(err))
+			return nil, err
 		}
-		e, err := decode(data)
-		if err == nil && d.path(e.Assignment.GetId()) != path {
-			err = fault.New(fault.Internal, "the entry is of another assignment")
-		}
-		if err != nil && d.frozen {
-			continue
-		}
+		e, err := decode(id, data)
 		if err != nil {
-			d.log.Error("journal entry is damaged and set aside", "path", path, "err", err)
-			if err := os.Rename(path, path+".damaged"); err != nil {
-				d.log.Error("damaged journal entry cannot be set aside", "path", path, "err", err)
-			}
+			d.log.Error("journal entry left out", "job_id", id, "err", err)
 			continue
 		}
 		out = append(out, e)
@@ -245,6 +198,9 @@ func (d *Disk) All() ([]*Entry, error) {
 	sortEntries(out)
 	return out, nil
 }
+
+// Close gives the file back; nothing may be under way.
+func (d *Disk) Close() error { return d.files.Close() }
 
 func sortEntries(es []*Entry) {
 	sort.Slice(es, func(i, j int) bool { return es[i].Assignment.GetId() < es[j].Assignment.GetId() })
@@ -254,25 +210,47 @@ func sortEntries(es []*Entry) {
 type Memory struct {
 	mu      sync.Mutex
 	entries map[string]*Entry
+	told    []func(error)
+	telling bool
 }
 
 // NewMemory returns an empty Memory.
 func NewMemory() *Memory { return &Memory{entries: map[string]*Entry{}} }
 
 // Put implements Journal.
-func (m *Memory) Put(e *Entry) error {
+func (m *Memory) Put(e *Entry, stored func(error)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.entries[e.Assignment.GetId()] = e.Clone()
-	return nil
+	m.told = append(m.told, stored)
+	if !m.telling {
+		m.telling = true
+		go m.tell()
+	}
+}
+
+// tell says in order what was stored.
+func (m *Memory) tell() {
+	for {
+		m.mu.Lock()
+		told := m.told
+		m.told = nil
+		m.telling = len(told) > 0
+		m.mu.Unlock()
+		if len(told) == 0 {
+			return
+		}
+		for _, f := range told {
+			f(nil)
+		}
+	}
 }
 
 // Drop implements Journal.
-func (m *Memory) Drop(id string) error {
+func (m *Memory) Drop(id string) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.entries, id)
-	return nil
 }
 
 // Probe implements Journal.

@@ -246,7 +246,7 @@ func (d *Disk) Relabel(id string, spki SPKI, generation int64) error {
 	return nil
 }
 
-// Retire implements Store.
+// Retire implements Store. It is not synced: a key that a power cut brings back goes with the next one that is retired.
 func (d *Disk) Retire(id string, below int64) (int, error) {
 	if err := CheckName(id, 0); err != nil {
 		return 0, err
@@ -271,15 +271,11 @@ func (d *Disk) Retire(id string, below int64) (int, error) {
 		}
 		n++
 	}
-	if n > 0 {
-		if err := durable.SyncDir(filepath.Join(d.dir, id)); err != nil {
-			return n, fault.Wrap(fault.Retryable, err, "the key directory of %s cannot be written (%s)", id, durable.Reason(err))
-		}
-	}
 	return n, nil
 }
 
-// PutLeaf implements Store.
+// PutLeaf implements Store. It is not synced: nothing hangs on the leaf, which the server has as well, and a damaged one is
+// none.
 func (d *Disk) PutLeaf(id string, spki SPKI, leaf []byte) error {
 	if err := CheckName(id, 0); err != nil {
 		return err
@@ -293,7 +289,7 @@ func (d *Disk) PutLeaf(id string, spki SPKI, leaf []byte) error {
 		return notHeld(id)
 	}
 	path := filepath.Join(d.dir, id, baseName(e.generation, spki)+".crt")
-	return durable.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf}), 0o600)
+	return durable.Replace(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leaf}), 0o600)
 }
 
 // List implements Store. Keys that cannot be read are left out of nothing: the first such error ends it.

@@ -28,8 +28,9 @@ const (
 )
 
 const (
-	// maxTargets bounds what one agent keeps; a host has a handful.
-	maxTargets = 256
+	// maxTargets bounds what one agent keeps; a host has a handful, one with a web server for many customers hundreds. With
+	// their answers it stays below what an outbox holds (stream.maxBox).
+	maxTargets = 1000
 	// Hello lists the names.
 	maxName = 64
 	prefix  = "state-"
@@ -52,6 +53,8 @@ type Keeper struct {
 	cfg  Config
 	mu   sync.Mutex
 	held map[key]*agentpb.State
+	// list are the targets of held, by id; a new slice after every change.
+	list []*agentpb.TargetSpec
 }
 
 type key struct{ kind, name string }
@@ -75,7 +78,11 @@ func Open(cfg Config) (*Keeper, error) {
 			continue
 		}
 		k.held[keyOf(st)] = st
+		if t := st.GetTarget(); t != nil {
+			k.list = append(k.list, t)
+		}
 	}
+	slices.SortFunc(k.list, func(a, b *agentpb.TargetSpec) int { return strings.Compare(a.GetId(), b.GetId()) })
 	return k, nil
 }
 
@@ -152,6 +159,9 @@ func (k *Keeper) take(id key, st *agentpb.State) error {
 			return err
 		}
 		delete(k.held, id)
+		if id.kind == KindTarget {
+			k.list = k.targets(id.name)
+		}
 		return nil
 	}
 	misfit := fault.New(fault.Invalid, "the state's body does not fit its kind %q", strings.ToValidUTF8(id.kind[:min(len(id.kind), 64)], ""))
@@ -194,24 +204,28 @@ func (k *Keeper) take(id key, st *agentpb.State) error {
 		return err
 	}
 	k.held[id] = st
+	if t := st.GetTarget(); t != nil {
+		others := k.targets(id.name)
+		i, _ := slices.BinarySearchFunc(others, id.name, func(t *agentpb.TargetSpec, id string) int { return strings.Compare(t.GetId(), id) })
+		k.list = slices.Insert(others, i, t)
+	}
 	return nil
 }
 
-// targets are those in force but except, by id.
+// targets are those in force but except, by id, in a slice of its own.
 func (k *Keeper) targets(except string) []*agentpb.TargetSpec {
-	var out []*agentpb.TargetSpec
-	for id, st := range k.held {
-		if id.kind == KindTarget && id.name != except {
-			out = append(out, st.GetTarget())
+	out := make([]*agentpb.TargetSpec, 0, len(k.list)+1)
+	for _, t := range k.list {
+		if t.GetId() != except {
+			out = append(out, t)
 		}
 	}
-	slices.SortFunc(out, func(a, b *agentpb.TargetSpec) int { return strings.Compare(a.GetId(), b.GetId()) })
 	return out
 }
 
-// Targets are the targets in force, by id.
+// Targets are the targets in force, by id; the slice is shared and must not be changed.
 func (k *Keeper) Targets() []*agentpb.TargetSpec {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.targets("")
+	return k.list
 }

@@ -27,13 +27,23 @@ type deployment struct {
 	tgt     target.Target
 	domain  string
 	load    func(ctx context.Context) error
+	began   time.Time
+}
+
+// slow is how long a deployment lasts before its steps are told; a quick one is told by its result.
+const slow = time.Second
+
+func (d *deployment) progress(step string) {
+	if d.e.cfg.Now().Sub(d.began) >= slow {
+		d.e.progress(d.id, d.attempt, step)
+	}
 }
 
 // deploy runs an entry to its outcome. begin ends when the assignment is cancelled or the process stops; act a little
 // later: what was begun to be installed is finished or undone.
 func (e *Engine) deploy(begin, act context.Context, entry *journal.Entry) (*agentpb.Deployed, error) {
 	a := entry.Assignment
-	d := &deployment{e: e, id: a.GetId(), attempt: a.GetAttempt(), work: a.GetDeploy(), receipt: target.Receipt(entry.Receipt)}
+	d := &deployment{e: e, id: a.GetId(), attempt: a.GetAttempt(), work: a.GetDeploy(), receipt: target.Receipt(entry.Receipt), began: e.cfg.Now()}
 	if err := d.material(); err != nil {
 		// Nothing is installed with it; an open receipt is undone below.
 		if len(d.receipt) > 0 {
@@ -46,7 +56,7 @@ func (e *Engine) deploy(begin, act context.Context, entry *journal.Entry) (*agen
 	if e.cfg.Targets != nil && len(d.receipt) == 0 {
 		// A target that is in force was judged when it came.
 		if held := e.cfg.Targets(); !slices.ContainsFunc(held, func(t *agentpb.TargetSpec) bool { return t.GetId() == d.work.GetTarget().GetId() }) {
-			if err := sharesPath(d.work.GetTarget(), held, e.cfg.Kinds); err != nil {
+			if err := e.claims.shared(d.work.GetTarget(), held); err != nil {
 				return nil, err
 			}
 		}
@@ -159,8 +169,8 @@ func (d *deployment) present(begin, act context.Context) (target.Proof, error) {
 		install: func(context.Context) error { return nil }}); err != nil {
 		return target.Proof{}, d.rollback(act, err)
 	}
-	d.e.progress(d.id, d.attempt, "activated")
-	d.e.progress(d.id, d.attempt, "verifying")
+	d.progress("activated")
+	d.progress("verifying")
 	p, err := d.verify(act, d.timeout())
 	if err != nil {
 		return p, d.rollback(act, err)
@@ -191,8 +201,8 @@ func (d *deployment) install(begin, act context.Context) (target.Proof, error) {
 	if err != nil {
 		return target.Proof{}, err
 	}
-	d.e.progress(d.id, d.attempt, "activated")
-	d.e.progress(d.id, d.attempt, "verifying")
+	d.progress("activated")
+	d.progress("verifying")
 	p, err := d.verify(act, d.timeout())
 	if err != nil {
 		return p, d.rollback(act, err)
@@ -210,7 +220,7 @@ func (d *deployment) commit(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	d.e.progress(d.id, d.attempt, "staged")
+	d.progress("staged")
 	d.receipt = st.Receipt()
 	if err := d.e.journalReceipt(d.id, d.attempt, d.receipt); err != nil {
 		return err
@@ -218,7 +228,7 @@ func (d *deployment) commit(ctx context.Context) error {
 	if err := st.Commit(ctx); err != nil {
 		return err
 	}
-	d.e.progress(d.id, d.attempt, "committed")
+	d.progress("committed")
 	return nil
 }
 

@@ -87,6 +87,7 @@ type Engine struct {
 	depSem  *semaphore.Weighted
 	writes  *semaphore.Weighted
 	shelf   *shelf
+	claims  *claims
 	// watchChanged holds a token when Watch is to look at its settings again.
 	watchChanged chan struct{}
 
@@ -106,8 +107,8 @@ type Engine struct {
 // New returns an Engine; Recover must be called before anything else, Stop at the end. ctx carries values only.
 func New(ctx context.Context, cfg Config) *Engine {
 	e := &Engine{cfg: cfg, keySem: semaphore.NewWeighted(maxKeys), depSem: semaphore.NewWeighted(cfg.MaxDeploys),
-		writes: semaphore.NewWeighted(maxWrites),
-		stops:  map[string]context.CancelCauseFunc{}, shelf: newShelf(cfg.Placed, cfg.Log), watchChanged: make(chan struct{}, 1),
+		writes: semaphore.NewWeighted(maxWrites), claims: newClaims(cfg.Kinds, cfg.Now),
+		stops: map[string]context.CancelCauseFunc{}, shelf: newShelf(cfg.Placed, cfg.Log), watchChanged: make(chan struct{}, 1),
 		model: newModel(map[agentpb.WorkClass]int{
 			agentpb.WorkClass_WORK_CLASS_KEY:    cfg.KeyLimit,
 			agentpb.WorkClass_WORK_CLASS_DEPLOY: cfg.DeployLimit,
@@ -166,7 +167,7 @@ func (e *Engine) recover(ctx context.Context, en *journal.Entry) error {
 		return err
 	}
 	en.Receipt = nil
-	return e.cfg.Journal.Put(en)
+	return journal.Store(e.cfg.Journal, en)
 }
 
 func (e *Engine) open(ctx context.Context, spec *agentpb.TargetSpec) (target.Target, error) {
@@ -187,7 +188,7 @@ func (e *Engine) CheckTarget(ctx context.Context, spec *agentpb.TargetSpec, othe
 	if _, err := e.open(ctx, spec); err != nil {
 		return err
 	}
-	return sharesPath(spec, others, e.cfg.Kinds)
+	return e.claims.shared(spec, others)
 }
 
 // Kill lets Stop end everything at once, as if the process had been killed; what it interrupts is settled by Recover.
@@ -288,8 +289,7 @@ func (e *Engine) Idle() bool {
 	return len(e.model.items) == 0
 }
 
-// step runs the model and its effects under e.mu. Effects neither wait for the network nor for workers; the journal's
-// fsync is the longest of them.
+// step runs the model and its effects under e.mu. Effects wait neither for the network nor for workers nor for the journal.
 func (e *Engine) step(ev any) {
 	well := !e.model.sick
 	defer func() {
@@ -297,21 +297,10 @@ func (e *Engine) step(ev any) {
 			e.cfg.Sickened()
 		}
 	}()
-	queue := e.model.step(ev)
-	for len(queue) > 0 {
-		eff := queue[0]
-		queue = queue[1:]
+	for _, eff := range e.model.step(ev) {
 		switch v := eff.(type) {
 		case doStore:
-			a := v.entry.Assignment
-			err := e.cfg.Journal.Put(v.entry)
-			st := evStored{id: a.GetId(), attempt: a.GetAttempt()}
-			if err != nil {
-				e.cfg.Log.Error("journal cannot be written", "job_id", a.GetId(), "err", err)
-				st.failure = FailureOf(err)
-			}
-			// What follows from the store comes before what was queued behind it.
-			queue = append(e.model.step(st), queue...)
+			e.storeLocked(v.entry)
 		case doSend:
 			if e.sink != nil {
 				e.sink.Post(v.m)
@@ -326,6 +315,22 @@ func (e *Engine) step(ev any) {
 			e.settleLocked(v.entry, v.s)
 		}
 	}
+}
+
+// storeLocked has an entry stored; the model is told when that is done.
+func (e *Engine) storeLocked(entry *journal.Entry) {
+	e.wg.Add(1)
+	e.cfg.Journal.Put(entry, func(err error) {
+		defer e.wg.Done()
+		st := evStored{entry: entry}
+		if err != nil {
+			e.cfg.Log.Error("journal cannot be written", "job_id", entry.Assignment.GetId(), "err", err)
+			st.failure = FailureOf(err)
+		}
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.step(st)
+	})
 }
 
 func (e *Engine) startLocked(entry *journal.Entry) {
@@ -426,23 +431,18 @@ func (e *Engine) makeKey(k *agentpb.KeyWork) (csr, spki []byte, err error) {
 
 // journalReceipt stores the receipt of a running installation; nothing may be committed unless it returns nil.
 func (e *Engine) journalReceipt(id string, attempt int64, r target.Receipt) error {
+	stored := make(chan error, 1)
 	e.mu.Lock()
 	en := e.model.staged(id, attempt, []byte(r))
+	if en != nil {
+		// Begun with the lock held: what a later step stores comes after it.
+		e.cfg.Journal.Put(en, func(err error) { stored <- err })
+	}
 	e.mu.Unlock()
 	if en == nil {
 		return fault.New(fault.Conflict, "the assignment is no longer open")
 	}
-	// Without e.mu, so that the fsyncs of many installations overlap.
-	if err := e.cfg.Journal.Put(en); err != nil {
-		return err
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if it := e.model.items[id]; it != nil && it.entry != en {
-		// A later attempt took the entry over, receipt and all, and its own store may have come before ours.
-		return e.cfg.Journal.Put(it.entry)
-	}
-	return nil
+	return <-stored
 }
 
 func (e *Engine) progress(id string, attempt int64, what string) {
@@ -469,9 +469,7 @@ func (e *Engine) settleLocked(entry *journal.Entry, s *agentpb.Settled) {
 			return
 		}
 	}
-	if err := e.cfg.Journal.Drop(id); err != nil {
-		e.cfg.Log.Warn("journal entry not removed; the next Welcome settles it again", "job_id", id, "err", err)
-	}
+	e.cfg.Journal.Drop(id)
 }
 
 // settleKeys relabels and retires. It trusts the server no further than the assignment reaches: only that certificate,
@@ -523,8 +521,6 @@ func (e *Engine) abandonLocked(entry *journal.Entry) {
 			// Assigned again meanwhile: the entry on disk is the new one's.
 			return
 		}
-		if err := e.cfg.Journal.Drop(a.GetId()); err != nil {
-			e.cfg.Log.Warn("journal entry not removed; the next Welcome settles it again", "job_id", a.GetId(), "err", err)
-		}
+		e.cfg.Journal.Drop(a.GetId())
 	})
 }

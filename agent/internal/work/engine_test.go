@@ -292,7 +292,7 @@ func TestRecover(t *testing.T) {
 			s := newSite()
 			jrn, keys := journal.NewMemory(), keystore.NewMemory()
 			a := (&rig{t: t, keys: keys}).job(1, 1)
-			if err := jrn.Put(&journal.Entry{Assignment: a, Receipt: []byte(`{"v":1}`)}); err != nil {
+			if err := journal.Store(jrn, &journal.Entry{Assignment: a, Receipt: []byte(`{"v":1}`)}); err != nil {
 				t.Fatal(err)
 			}
 			if committed {
@@ -335,11 +335,12 @@ func (f *fullJournal) err() error {
 	return nil
 }
 
-func (f *fullJournal) Put(e *journal.Entry) error {
+func (f *fullJournal) Put(e *journal.Entry, stored func(error)) {
 	if err := f.err(); err != nil {
-		return err
+		go stored(err)
+		return
 	}
-	return f.Memory.Put(e)
+	f.Memory.Put(e, stored)
 }
 
 func (f *fullJournal) Probe() error { return f.err() }

@@ -38,6 +38,8 @@ type item struct {
 	running int64
 	// stored: the entry is on disk and Accepted may be said.
 	stored bool
+	// storing is the entry on whose store it hangs what is said next: Accepted, or the outcome. nil: none.
+	storing *journal.Entry
 	// settled came while a worker ran; it is acted on when the worker has ended.
 	settled *agentpb.Settled
 	// gone: forgotten by the server while a worker ran.
@@ -62,10 +64,9 @@ type (
 		a       *agentpb.Assignment
 		refusal *agentpb.Failure
 	}
-	// evStored answers store.
+	// evStored answers doStore.
 	evStored struct {
-		id      string
-		attempt int64
+		entry   *journal.Entry
 		failure *agentpb.Failure
 	}
 	// evFinished: a worker ended with a CSR (and its key) or a result; neither: it was stopped with the process.
@@ -83,7 +84,7 @@ type (
 
 // The effects.
 type (
-	// doStore writes the entry durably; the answer is a stored event.
+	// doStore writes the entry durably, after all that were stored or dropped before; the answer is a stored event.
 	doStore struct{ entry *journal.Entry }
 	// doSend hands a message to the stream, if there is one.
 	doSend struct{ m *agentpb.ConnectRequest }
@@ -188,8 +189,12 @@ func (m *model) open() []*agentpb.OpenAssignment {
 	var out []*agentpb.OpenAssignment
 	for _, it := range m.sorted() {
 		if it.stored && !it.gone {
+			phase := it.entry.Phase()
+			if it.storing != nil {
+				phase = agentpb.Phase_PHASE_ACCEPTED // the outcome is on its way to the disk
+			}
 			out = append(out, &agentpb.OpenAssignment{Id: it.entry.Assignment.GetId(),
-				Attempt: it.entry.Assignment.GetAttempt(), Phase: it.entry.Phase()})
+				Attempt: it.entry.Assignment.GetAttempt(), Phase: phase})
 		}
 	}
 	return out
@@ -213,7 +218,7 @@ func (m *model) attach(verdicts []*agentpb.Verdict) []any {
 			continue
 		}
 		switch {
-		case it.gone || it.settled != nil:
+		case it.gone || it.settled != nil || it.storing != nil:
 		case it.entry.Phase() != agentpb.Phase_PHASE_ACCEPTED:
 			out = append(out, report(it.entry))
 		case it.running == 0:
@@ -265,6 +270,7 @@ func (m *model) assign(e evAssigned) []any {
 			return []any{rejected(a, failed(fault.Exhausted, "no credit of this class is left on this stream"))}
 		}
 		it = &item{entry: &journal.Entry{Assignment: a}, busy: true}
+		it.storing = it.entry
 		m.items[a.GetId()] = it
 		return []any{doStore{it.entry}}
 	}
@@ -278,7 +284,7 @@ func (m *model) assign(e evAssigned) []any {
 			return nil
 		}
 		out := []any{accepted(a)}
-		if it.entry.Phase() != agentpb.Phase_PHASE_ACCEPTED {
+		if it.entry.Phase() != agentpb.Phase_PHASE_ACCEPTED && it.storing == nil {
 			out = append(out, report(it.entry))
 		}
 		return out
@@ -287,6 +293,7 @@ func (m *model) assign(e evAssigned) []any {
 	// former attempt is asked to stop, and its end starts this one.
 	out := []any(nil)
 	it.entry = &journal.Entry{Assignment: a, Receipt: it.entry.Receipt}
+	it.storing = it.entry
 	it.stored, it.settled, it.gone, it.busy = false, nil, false, true
 	if it.running != 0 {
 		out = append(out, doStop{a.GetId()})
@@ -299,22 +306,25 @@ func accepted(a *agentpb.Assignment) doSend {
 		Id: a.GetId(), Attempt: a.GetAttempt()}}}}
 }
 
-// storedEntry follows the first store of an attempt. Later stores need no follow-up: see finish.
+// storedEntry says what was to be said once the entry is on disk. An outcome is said even if it could not be stored, because
+// doing the work again yields the same and the server judges by attempt.
 func (m *model) storedEntry(e evStored) []any {
-	it := m.items[e.id]
-	if it == nil || it.entry.Assignment.GetAttempt() != e.attempt {
-		return nil
-	}
 	if e.failure != nil {
 		m.sick = true
 	}
-	if it.stored {
+	it := m.items[e.entry.Assignment.GetId()]
+	if it == nil || it.storing != e.entry {
 		return nil
+	}
+	it.storing = nil
+	if it.stored {
+		it.busy = false
+		return []any{report(e.entry)}
 	}
 	if e.failure != nil {
 		if it.running == 0 {
 			// Nothing was promised. A former attempt's entry may be left on disk: the next Welcome says to forget it.
-			delete(m.items, e.id)
+			delete(m.items, e.entry.Assignment.GetId())
 		} else {
 			it.gone, it.stored = true, true
 		}
@@ -328,8 +338,7 @@ func (m *model) storedEntry(e evStored) []any {
 	return out
 }
 
-// finish takes a worker's end. The outcome is stored before it is sent; if storing fails it is sent all the same,
-// because doing the work again yields the same and the server judges by attempt.
+// finish takes a worker's end. The outcome is stored before it is sent, see storedEntry.
 func (m *model) finish(e evFinished) []any {
 	it := m.items[e.id]
 	if it == nil || it.running != e.attempt {
@@ -351,14 +360,14 @@ func (m *model) finish(e evFinished) []any {
 		}
 		return m.run(it)
 	}
-	it.busy = false
 	if e.result == nil && len(e.csr) == 0 {
+		it.busy = false
 		return nil
 	}
 	next := it.entry.Clone()
 	next.CSR, next.SPKI, next.Result = e.csr, e.spki, e.result
-	it.entry = next
-	return []any{doStore{next}, report(next)}
+	it.entry, it.storing = next, next
+	return []any{doStore{next}}
 }
 
 func (m *model) settle(s *agentpb.Settled) []any {
@@ -369,7 +378,8 @@ func (m *model) settle(s *agentpb.Settled) []any {
 	return m.end(it, s)
 }
 
-// staged notes the receipt of a running installation; the caller stores the entry before anything is committed.
+// staged notes the receipt of a running installation; the caller has the entry stored before anything is committed, and
+// begins with that before the next step.
 func (m *model) staged(id string, attempt int64, r json.RawMessage) *journal.Entry {
 	it := m.items[id]
 	if it == nil || it.running != attempt {
@@ -398,14 +408,14 @@ func (m *model) cancel(c *agentpb.Cancel) []any {
 	switch {
 	case it.running != 0:
 		return []any{doStop{c.GetId()}}
+	case !it.stored, it.entry.Result != nil && it.storing != nil:
+		return nil
 	case it.entry.Result != nil:
 		return []any{report(it.entry)}
-	case !it.stored:
-		return nil
 	}
 	next := it.entry.Clone()
 	next.Result = &agentpb.Result{Id: c.GetId(), Attempt: c.GetAttempt(), Outcome: &agentpb.Result_Failure{
 		Failure: failed(fault.Rejected, "cancelled before it was done")}}
-	it.entry = next
-	return []any{doStore{next}, report(next)}
+	it.entry, it.storing = next, next
+	return []any{doStore{next}}
 }

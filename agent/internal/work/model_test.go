@@ -24,6 +24,8 @@ type world struct {
 	m       *model
 	disk    map[string]*journal.Entry
 	badDisk bool
+	// waiting are the changes that were begun and are not on disk.
+	waiting []change
 	// behind: the newest store of an id failed.
 	behind  map[string]bool
 	workers map[string]int64 // attempt by id
@@ -43,22 +45,10 @@ func newWorld(t *rapid.T) *world {
 }
 
 func (w *world) step(ev any) {
-	queue := w.m.step(ev)
-	for len(queue) > 0 {
-		eff := queue[0]
-		queue = queue[1:]
+	for _, eff := range w.m.step(ev) {
 		switch v := eff.(type) {
 		case doStore:
-			a := v.entry.Assignment
-			st := evStored{id: a.GetId(), attempt: a.GetAttempt()}
-			if w.badDisk {
-				st.failure = failed(fault.Retryable, "disk full")
-				w.behind[a.GetId()] = true
-			} else {
-				w.disk[a.GetId()] = v.entry.Clone()
-				delete(w.behind, a.GetId())
-			}
-			queue = append(w.m.step(st), queue...)
+			w.waiting = append(w.waiting, change{v.entry.Assignment.GetId(), v.entry})
 		case doSend:
 			w.sent(v.m)
 		case doStart:
@@ -75,10 +65,37 @@ func (w *world) step(ev any) {
 				w.t.Fatalf("%s is stopped and does not run", v.id)
 			}
 		case doSettle:
-			delete(w.disk, v.entry.Assignment.GetId())
+			w.waiting = append(w.waiting, change{id: v.entry.Assignment.GetId()})
 		}
 	}
 	w.check()
+}
+
+// change is a store, or without an entry a drop, on its way to the disk.
+type change struct {
+	id    string
+	entry *journal.Entry
+}
+
+// commit brings the first n changes to the disk.
+func (w *world) commit(n int) {
+	for range min(n, len(w.waiting)) {
+		c := w.waiting[0]
+		w.waiting = w.waiting[1:]
+		st := evStored{entry: c.entry}
+		switch {
+		case c.entry == nil:
+			delete(w.disk, c.id)
+			continue
+		case w.badDisk:
+			st.failure = failed(fault.Retryable, "disk full")
+			w.behind[c.id] = true
+		default:
+			w.disk[c.id] = c.entry.Clone()
+			delete(w.behind, c.id)
+		}
+		w.step(st)
+	}
 }
 
 func (w *world) sent(m *agentpb.ConnectRequest) {
@@ -232,6 +249,7 @@ func TestModelInAnyOrder(t *testing.T) {
 				w.streaming = false
 				w.step(evDetached{})
 			},
+			"commit": func(t *rapid.T) { w.commit(rapid.IntRange(1, 5).Draw(t, "changes")) },
 			"disk": func(t *rapid.T) {
 				w.badDisk = rapid.Bool().Draw(t, "full")
 				if w.m.sick {
@@ -239,7 +257,7 @@ func TestModelInAnyOrder(t *testing.T) {
 				}
 			},
 			"restart": func(*rapid.T) {
-				w.m = newModel(w.m.limit)
+				w.m, w.waiting = newModel(w.m.limit), nil // what was on its way is lost
 				w.workers, w.streaming = map[string]int64{}, false
 				for _, id := range ids {
 					if e := w.disk[id]; e != nil {
@@ -261,8 +279,16 @@ func TestModelTakesOver(t *testing.T) {
 	a1 := &agentpb.Assignment{Id: "d", Attempt: 1, Class: deployClass}
 	a2 := proto.CloneOf(a1)
 	a2.Attempt = 2
-	m.step(evAssigned{a: a1})
-	m.step(evStored{id: "d", attempt: 1})
+	store := func(effs []any) *journal.Entry {
+		for _, e := range effs {
+			if s, ok := e.(doStore); ok {
+				return s.entry
+			}
+		}
+		t.Fatal("nothing is stored")
+		return nil
+	}
+	m.step(evStored{entry: store(m.step(evAssigned{a: a1}))})
 	if m.staged("d", 1, []byte(`{"r":1}`)) == nil || m.staged("d", 2, nil) != nil {
 		t.Fatal("a receipt goes to the attempt that runs, and to no other")
 	}
@@ -274,10 +300,11 @@ func TestModelTakesOver(t *testing.T) {
 		return s
 	}
 	// The last is the credit: no further place was taken.
-	if got := kinds(m.step(evAssigned{a: a2})); got != "work.doStop work.doStore work.doSend " {
+	second := m.step(evAssigned{a: a2})
+	if got := kinds(second); got != "work.doStop work.doStore work.doSend " {
 		t.Errorf("a second attempt does %s", got)
 	}
-	if got := kinds(m.step(evStored{id: "d", attempt: 2})); got != "work.doSend " {
+	if got := kinds(m.step(evStored{entry: store(second)})); got != "work.doSend " {
 		t.Errorf("stored, it does %s", got)
 	}
 	effs := m.step(evFinished{id: "d", attempt: 1})

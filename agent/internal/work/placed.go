@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"hash/crc32"
 	"log/slog"
 	"slices"
 	"strings"
@@ -35,6 +36,8 @@ type shelf struct {
 	log   *slog.Logger
 	mu    sync.Mutex
 	by    map[string]*placed // by target id
+	// writes keep what is written of one target in order, by a hash of its id; those of others share the disk's flushes.
+	writes [16]sync.Mutex
 }
 
 const shelfPrefix = "placed-"
@@ -106,11 +109,20 @@ func decodePlaced(data []byte) (*placed, error) {
 	return p, nil
 }
 
+// lock takes the lock of a target and returns its release.
+func (s *shelf) lock(targetID string) func() {
+	m := &s.writes[crc32.ChecksumIEEE([]byte(targetID))%uint32(len(s.writes))]
+	m.Lock()
+	return m.Unlock
+}
+
 // put keeps p durably. When the disk refuses it is kept in memory all the same, and the error says so.
 func (s *shelf) put(p *placed) error {
+	id := p.spec.GetId()
+	defer s.lock(id)()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.by[p.spec.GetId()] = p
+	s.by[id] = p
+	s.mu.Unlock()
 	if s.files == nil {
 		return nil
 	}
@@ -128,7 +140,7 @@ func (s *shelf) put(p *placed) error {
 	if err != nil {
 		return fault.Wrap(fault.Internal, err, "a record cannot be encoded")
 	}
-	return s.files.Write(shelfFile(p.spec.GetId()), data)
+	return s.files.Write(shelfFile(id), data)
 }
 
 // note replaces what is in memory only, if it still is was.
@@ -147,12 +159,14 @@ func (s *shelf) get(targetID string) *placed {
 }
 
 func (s *shelf) drop(targetID string) error {
+	defer s.lock(targetID)()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.by[targetID] == nil {
+	known := s.by[targetID] != nil
+	delete(s.by, targetID)
+	s.mu.Unlock()
+	if !known {
 		return nil
 	}
-	delete(s.by, targetID)
 	if s.files == nil {
 		return nil
 	}

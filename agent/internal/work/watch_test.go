@@ -321,6 +321,8 @@ func TestSharedPaths(t *testing.T) {
 	spec := func(id, kind, paths string) *agentpb.TargetSpec {
 		return &agentpb.TargetSpec{Id: id, Name: "name-" + id, Kind: kind, Settings: []byte(paths)}
 	}
+	now := time.Now()
+	paths := newClaims(kinds, func() time.Time { return now })
 	held := []*agentpb.TargetSpec{spec("1", "file", real+"/a.pem|"+real+"/a.key"), spec("2", "api", real+"/b.pem")}
 	for name, c := range map[string]struct {
 		t    *agentpb.TargetSpec
@@ -334,14 +336,38 @@ func TestSharedPaths(t *testing.T) {
 		"by a link":          {spec("3", "file", root+"/link/a.pem"), "name-1"},
 		"not there, by link": {spec("3", "file", root+"/link/new/a.pem"), ""},
 	} {
-		err := sharesPath(c.t, held, kinds)
+		err := paths.shared(c.t, held)
 		switch {
 		case c.want == "" && err != nil, c.want != "" && (!fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), c.want)):
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	// Where a path leads may change, and is looked up again after a while.
+	if err := os.Rename(filepath.Join(root, "link"), filepath.Join(root, "other")); err != nil {
+		t.Fatal(err)
+	}
+	moved := append(held, spec("4", "file", root+"/link/a.pem"))
+	if err := paths.shared(spec("5", "file", root+"/elsewhere/a.pem"), moved); err != nil {
+		t.Errorf("another path: %v", err)
+	}
+	if err := os.Symlink(filepath.Join(root, "elsewhere"), filepath.Join(root, "link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(root, "elsewhere"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	now = now.Add(claimAge + time.Second)
+	if err := paths.shared(spec("5", "file", root+"/elsewhere/a.pem"), moved); !fault.Is(err, fault.Rejected) {
+		t.Errorf("after a link was changed: %v", err)
+	}
+	if err := os.Remove(filepath.Join(root, "link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(filepath.Join(root, "other"), filepath.Join(root, "link")); err != nil {
+		t.Fatal(err)
+	}
 	later := []*agentpb.TargetSpec{spec("1", "file", real+"/new/a.pem")}
-	if err := sharesPath(spec("3", "file", root+"/link/new/a.pem"), later, kinds); !fault.Is(err, fault.Rejected) {
+	if err := paths.shared(spec("3", "file", root+"/link/new/a.pem"), later); !fault.Is(err, fault.Rejected) {
 		t.Errorf("in a directory that does not exist yet: %v", err)
 	}
 }

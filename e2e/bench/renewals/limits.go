@@ -12,6 +12,12 @@ import (
 	"github.com/certmesh/certmesh/e2e/estate"
 )
 
+// figure is one result of a measurement.
+type figure struct {
+	unit  string
+	value float64
+}
+
 // quantile returns the q-th of all, which it sorts.
 func quantile(all []time.Duration, q float64) time.Duration {
 	slices.Sort(all)

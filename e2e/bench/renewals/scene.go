@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -32,6 +33,7 @@ type scene struct {
 	*estate.Estate
 	op       *client.Client
 	server   *estate.Process
+	agent    *estate.Process // the first that joined
 	debug    string
 	profiles string
 }
@@ -281,6 +283,51 @@ func fetch(ctx context.Context, url, path string) error {
 		return err
 	}
 	return os.WriteFile(path, b, 0o600)
+}
+
+// processor is the processor time that a process has used.
+func processor(pid int) (time.Duration, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	// After the name, which may hold anything, utime and stime are the 12th and 13th field, in hundredths of a second.
+	fields := strings.Fields(string(b[strings.LastIndexByte(string(b), ')')+1:]))
+	if len(fields) < 13 {
+		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
+	}
+	var ticks time.Duration
+	for _, f := range fields[11:13] {
+		n, err := strconv.ParseInt(f, 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		ticks += time.Duration(n)
+	}
+	return ticks * (time.Second / 100), nil
+}
+
+// used starts to count processor time; the returned function says what server and agent took for each of n renewals.
+func (s *scene) used(n int) (func() ([]figure, error), error) {
+	pids := map[string]int{"server-cpu-ms/op": s.server.PID(), "agent-cpu-ms/op": s.agent.PID()}
+	before := map[string]time.Duration{}
+	for unit, pid := range pids {
+		var err error
+		if before[unit], err = processor(pid); err != nil {
+			return nil, err
+		}
+	}
+	return func() ([]figure, error) {
+		var out []figure
+		for unit, pid := range pids {
+			after, err := processor(pid)
+			if err != nil {
+				return nil, err
+			}
+			out = append(out, figure{unit, ms(after-before[unit]) / float64(n)})
+		}
+		return out, nil
+	}, nil
 }
 
 // resident is what the kernel says a process has in memory, in bytes.
