@@ -9,19 +9,31 @@ import (
 	"pgregory.net/rapid"
 )
 
-// seeds is how many worlds are tried; CERTMESH_PERMIT_SEED=n tries world n alone.
-const seeds = 8000
+// seeds is how many worlds are tried. CERTMESH_PERMIT_SEED=n tries world n alone, CERTMESH_PERMIT_SEEDS=n the first n.
+const seeds = 2000
+
+func number(t *testing.T, variable string) (uint64, bool) {
+	t.Helper()
+	s := os.Getenv(variable)
+	if s == "" {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(s, 10, 64)
+	if err != nil {
+		t.Fatalf("%s: %v", variable, err)
+	}
+	return n, true
+}
 
 // TestNeverAboveTheCap: whatever happens to nodes, clocks, network and Raft, no more calls are in flight than allowed, none
 // begin faster, and none before a pause is over; and when all is well again everybody gets to call.
 func TestNeverAboveTheCap(t *testing.T) {
 	t.Parallel()
 	first, last := uint64(1), uint64(seeds)
-	if s := os.Getenv("CERTMESH_PERMIT_SEED"); s != "" {
-		n, err := strconv.ParseUint(s, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
+	if n, ok := number(t, "CERTMESH_PERMIT_SEEDS"); ok {
+		last = n
+	}
+	if n, ok := number(t, "CERTMESH_PERMIT_SEED"); ok {
 		first, last = n, n
 	}
 	calls, full, pauses := 0, 0, 0

@@ -36,6 +36,8 @@ type world struct {
 	answers int
 	// long is how many calls take as long as they may; slow, how many messages take long.
 	long, slow float64
+	harsh      bool
+	demands    []int
 	// peace is the longest time between two troubles.
 	peace   time.Duration
 	tells   bool
@@ -122,6 +124,13 @@ func newWorld(seed uint64, m mutation) *world {
 	if w.r.IntN(2) == 0 {
 		w.limits.Rate = 0.5 + w.r.Float64()*20
 	}
+	w.demands = []int{0, 1, 3, 30}
+	// A third are worlds in which all depends on clocks: they are as wrong as they can be, calls last as long as they may,
+	// answers come late, everybody takes all that can be had, and nodes are cut off for longer than a lease.
+	if w.harsh = w.r.IntN(3) == 0; w.harsh {
+		w.long, w.slow, w.peace = 0.95, 0.9, 10*time.Second
+		w.limits, w.demands = Limits{InFlight: 2 + w.r.IntN(3)}, []int{30}
+	}
 	for i := range 1 + w.r.IntN(7) {
 		n := &simNode{w: w, name: fmt.Sprintf("n%d", i), local: time.Duration(w.r.IntN(1e9)), rate: 1}
 		n.drift()
@@ -178,6 +187,9 @@ func (n *simNode) inTrue(at time.Duration) time.Duration {
 func (n *simNode) drift() {
 	n.clock()
 	n.rate = []float64{0.9, 1.1, 0.9 + 0.2*n.w.r.Float64()}[n.w.r.IntN(3)]
+	if n.w.harsh {
+		n.rate = []float64{0.9, 1.1}[n.w.r.IntN(2)]
+	}
 	for _, s := range n.running {
 		n.schedule(s)
 	}
@@ -339,7 +351,15 @@ func (n *simNode) ask(r *clusterpb.LeaseRequest, seq uint64) {
 		n.carry(n.h.Failed(n.clock(), seq, w.r.Float64()))
 	})
 	process := n.process
-	for range 1 + w.r.IntN(20)/19 {
+	paused := time.Duration(0)
+	if r.GetPauseMs() > 0 {
+		paused = n.pausedUntil
+	}
+	copies := 1
+	if !w.calm && w.chance(0.1) {
+		copies = 2
+	}
+	for range copies {
 		w.send(n, func() {
 			// Whom it believes to lead.
 			var to *simNode
@@ -351,7 +371,7 @@ func (n *simNode) ask(r *clusterpb.LeaseRequest, seq uint64) {
 			if to == nil || to.cut && to != n {
 				return
 			}
-			to.decide(n, process, r, seq)
+			to.decide(n, process, r, seq, paused)
 		})
 	}
 }
@@ -372,8 +392,9 @@ func (w *world) send(n *simNode, deliver func()) {
 	w.after(delay, deliver)
 }
 
-// decide has the node answer a request, as one that believes to lead.
-func (n *simNode) decide(from *simNode, process int, r *clusterpb.LeaseRequest, seq uint64) {
+// decide has the node answer a request, as one that believes to lead. paused is until when the request says that the
+// issuer is to be left alone, in true time.
+func (n *simNode) decide(from *simNode, process int, r *clusterpb.LeaseRequest, seq uint64, paused time.Duration) {
 	w, g, term := n.w, n.leads, n.term
 	d := g.Ask(n.clock(), from.name, r, w.limits)
 	if w.break_ == noMax {
@@ -381,9 +402,7 @@ func (n *simNode) decide(from *simNode, process int, r *clusterpb.LeaseRequest, 
 			h.charges = h.charges[max(0, len(h.charges)-1):]
 		}
 	}
-	if r.GetPauseMs() > 0 && from.process == process {
-		n.granterPause = max(n.granterPause, from.pausedUntil)
-	}
+	n.granterPause = max(n.granterPause, paused)
 	if d.Response.GetPermits() > 0 && w.now < n.granterPause {
 		w.fail("%s grants %v before the issuer's pause is over", n.name, n.granterPause-w.now)
 	}
@@ -475,7 +494,11 @@ func (w *world) nemesis() {
 	}
 	w.after(time.Duration(w.r.Int64N(int64(w.peace))), w.nemesis)
 	n := w.nodes[w.r.IntN(len(w.nodes))]
-	switch w.r.IntN(12) {
+	trouble := w.r.IntN(12)
+	if w.harsh && trouble != 0 {
+		trouble = 3
+	}
+	switch trouble {
 	case 0:
 		w.elect()
 	case 1:
@@ -490,7 +513,7 @@ func (w *world) nemesis() {
 		w.elect()
 	case 3, 4:
 		n.cut = true
-		w.after(w.upTo(25*time.Second), func() { n.cut = false })
+		w.after(w.upTo(15*time.Second)+w.upTo(10*time.Second), func() { n.cut = false })
 	case 5, 6:
 		n.kill()
 		if n.term == w.term {
@@ -499,7 +522,7 @@ func (w *world) nemesis() {
 	case 7, 8:
 		n.drift()
 	default:
-		n.demand = []int{0, 1, 3, 30}[w.r.IntN(4)]
+		n.demand = w.demands[w.r.IntN(len(w.demands))]
 		n.refill()
 	}
 }
@@ -543,7 +566,7 @@ func simulate(seed uint64, m mutation) *world {
 // run is a troubled time and then a calm one, in which everybody who wants to call gets to.
 func (w *world) run() {
 	for _, n := range w.nodes {
-		n.demand = []int{0, 1, 3, 30}[w.r.IntN(4)]
+		n.demand = w.demands[w.r.IntN(len(w.demands))]
 		n.refill()
 	}
 	w.elect()
