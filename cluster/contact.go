@@ -22,6 +22,12 @@ type transport struct {
 
 	mu       sync.Mutex
 	contacts map[raft.ServerID]contact
+	// greeted is since when a node's silence counts.
+	greeted map[raft.ServerID]time.Time
+}
+
+func newTransport(inner *raft.NetworkTransport, clk clockwork.Clock) *transport {
+	return &transport{NetworkTransport: inner, clk: clk, contacts: map[raft.ServerID]contact{}, greeted: map[raft.ServerID]time.Time{}}
 }
 
 // AppendEntries implements raft.Transport.
@@ -35,13 +41,24 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	return nil
 }
 
-// contact returns what a node last answered; at is since if it has not answered after that.
+// greet forgets what a node answered before it became a member, which may be long ago.
+func (t *transport) greet(id string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.contacts, raft.ServerID(id))
+	t.greeted[raft.ServerID(id)] = t.clk.Now()
+}
+
+// contact returns what a node last answered. If it has not answered since then, or since it was greeted, at is the later of
+// the two.
 func (t *transport) contact(id string, since time.Time) contact {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	c := t.contacts[raft.ServerID(id)]
-	if c.at.Before(since) {
-		c.at = since
+	for _, begin := range []time.Time{since, t.greeted[raft.ServerID(id)]} {
+		if c.at.Before(begin) {
+			c.at = begin
+		}
 	}
 	return c
 }

@@ -41,6 +41,7 @@ type Node struct {
 	started time.Time
 
 	raft    *raft.Raft
+	layer   *clusternet.Layer
 	trans   *transport
 	files   *clusterlog.Files
 	store   *clusterlog.Store
@@ -70,6 +71,9 @@ type Node struct {
 	// belonged: while this process ran, a leader had this node among its members.
 	belonged bool
 	trouble  string
+	// since when, and what of it is in the log.
+	troubleSince time.Time
+	troubleTold  string
 	// stumbles counts failures to establish leadership in a row.
 	stumbles int
 }
@@ -85,7 +89,7 @@ func Start(ctx context.Context, cfg Config) (_ *Node, err error) {
 		done: make(chan struct{}), failed: make(chan error, 1), membership: make(chan struct{}, 1), poked: make(chan struct{}, 1),
 		subs: map[chan struct{}]struct{}{}, view: map[string]*sighting{},
 	}
-	hlog := bridge(cfg.Log)
+	hlog := bridge(cfg.Log, cfg.Clock)
 	if n.files, err = clusterlog.Open(cfg.Dir, hlog); err != nil {
 		return nil, err
 	}
@@ -99,13 +103,10 @@ func Start(ctx context.Context, cfg Config) (_ *Node, err error) {
 	}
 	n.store = clusterlog.NewStore(backend, diskRetry, n.disk.note)
 	n.files.Logs, n.files.Newest = nil, nil
-	layer := clusternet.NewLayer(n.ctx, cfg.ID, &clusternet.Identity{
+	n.layer = clusternet.NewLayer(context.WithoutCancel(ctx), cfg.ID, &clusternet.Identity{
 		TrustDomain: cfg.TrustDomain, Certificate: cfg.Certificate, Roots: cfg.Roots, Now: n.now, Admit: cfg.Admit,
 	}, cfg.Listener, cfg.Dial, n.book.where, n.log)
-	n.trans = &transport{
-		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{Stream: layer, MaxPool: 3, Timeout: cfg.Timing.IO, Logger: hlog}),
-		clk:              n.clk, contacts: map[raft.ServerID]contact{},
-	}
+	n.trans = newTransport(raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{Stream: n.layer, MaxPool: 3, Timeout: cfg.Timing.IO, Logger: hlog}), n.clk)
 	if n.raft, err = raft.NewRaft(n.raftConfig(hlog), n.machine, n.store, n.store, n.files.Snapshots, n.trans); err != nil {
 		n.cancel()
 		return nil, errors.Join(fault.Wrap(fault.Rejected, err, "Raft does not start from the files in %s: if this persists, run \"certmeshd cluster recover\" "+
@@ -265,13 +266,25 @@ func (n *Node) Trouble() string {
 	return n.trouble
 }
 
-// setTrouble notes, and logs once, what keeps this node from taking part.
+// setTrouble notes what keeps this node from taking part. It is logged once it has lasted, and again when it has changed:
+// an election is none.
 func (n *Node) setTrouble(sentence string) {
 	n.mu.Lock()
-	changed := n.trouble != sentence
+	now := n.now()
+	if n.trouble == "" {
+		n.troubleSince = now
+	}
 	n.trouble = sentence
+	tell := n.troubleTold != sentence && (sentence == "" || now.Sub(n.troubleSince) >= lookInterval)
+	if tell {
+		n.troubleTold = sentence
+	}
 	n.mu.Unlock()
-	if changed && sentence != "" {
+	switch {
+	case !tell:
+	case sentence == "":
+		n.log.Info("this node takes part in the cluster again")
+	default:
 		n.log.Warn("this node does not take part in the cluster as it should", "reason", sentence)
 	}
 }

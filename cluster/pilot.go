@@ -35,7 +35,7 @@ type pilot struct {
 
 func (n *Node) newPilot(ctx context.Context, t Term) *autopilot.Autopilot {
 	p := &pilot{n: n, ctx: ctx, term: t}
-	return autopilot.New(n.raft, p, autopilot.WithPromoter(p), autopilot.WithLogger(bridge(n.log)), autopilot.WithTimeProvider(clockOf{n}),
+	return autopilot.New(n.raft, p, autopilot.WithPromoter(p), autopilot.WithLogger(bridge(n.log, n.clk)), autopilot.WithTimeProvider(clockOf{n}),
 		autopilot.WithUpdateInterval(n.cfg.Timing.Reconcile), autopilot.WithReconcileInterval(n.cfg.Timing.Reconcile))
 }
 

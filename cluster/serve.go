@@ -101,6 +101,7 @@ func (n *Node) Join(ctx context.Context, callerID string, req *clusterpb.JoinReq
 	if n.inConfiguration(m.GetId()) {
 		return nil
 	}
+	n.trans.greet(m.GetId())
 	if err := n.change(ctx, n.raft.AddNonvoter(raft.ServerID(m.GetId()), raft.ServerAddress(m.GetId()), 0, n.cfg.Timing.Barrier)); err != nil {
 		return err
 	}
@@ -112,8 +113,9 @@ func (n *Node) Join(ctx context.Context, callerID string, req *clusterpb.JoinReq
 func (n *Node) admissible(m *clusterpb.Member) error {
 	state := n.machine.current()
 	known := fsm.Member(state, m.GetId())
-	moved := known != nil && (known.GetRaftAddress() != m.GetRaftAddress() || known.GetMeshAddress() != m.GetMeshAddress())
-	if m.GetId() == n.cfg.ID || moved && n.trans.answered(m.GetId(), n.cfg.Timing.Contact) {
+	// Where it is reached says more than the registry: all may have moved while there was no leader.
+	elsewhere := known != nil && n.layer.Place(m.GetId()) != m.GetRaftAddress() && n.trans.answered(m.GetId(), n.cfg.Timing.Contact)
+	if m.GetId() == n.cfg.ID || elsewhere {
 		if known == nil {
 			known = n.member()
 		}

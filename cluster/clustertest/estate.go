@@ -39,7 +39,8 @@ func NewEstate(t testing.TB) *Estate {
 
 // Config returns the configuration of a node as its command line would always be: join is every id given, itself included.
 func (e *Estate) Config(id string, expect int, join ...string) cluster.Config {
-	certificate := e.Authority.Node(e.t, id)
+	// Good for longer than any test's clock goes on.
+	certificate := e.Authority.Identity(e.t, "node", id, 1000*time.Hour)
 	cfg := cluster.Config{
 		ID: id, ClusterID: "clu_test", Self: &clusterpb.Member{RaftAddress: id + ":8445", MeshAddress: id + ":8444", Program: "test"},
 		Dir: filepath.Join(e.dir, id, "raft"), Dial: e.Dialer(id), Peers: peers{e, id},

@@ -39,13 +39,15 @@ type Layer struct {
 
 	mu    sync.Mutex
 	conns map[*conn]struct{}
+	// places are where nodes were last reached.
+	places map[string]string
 }
 
 // NewLayer serves listener until Close. where returns the addresses at which a node may be found, best first.
 func NewLayer(ctx context.Context, id string, identity *Identity, listener net.Listener, dial func(ctx context.Context, address string) (net.Conn, error),
 	where func(id string) []string, log *slog.Logger,
 ) *Layer {
-	l := &Layer{id: id, identity: identity, listener: listener, dial: dial, where: where, log: log, accepted: make(chan net.Conn), conns: map[*conn]struct{}{}}
+	l := &Layer{id: id, identity: identity, listener: listener, dial: dial, where: where, log: log, accepted: make(chan net.Conn), conns: map[*conn]struct{}{}, places: map[string]string{}}
 	l.ctx, l.cancel = context.WithCancel(ctx)
 	l.wg.Go(l.serve)
 	return l
@@ -145,11 +147,21 @@ func (l *Layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Con
 	for _, place := range places {
 		c, err := l.dialAt(id, place, timeout/time.Duration(len(places)))
 		if err == nil {
+			l.mu.Lock()
+			l.places[id] = place
+			l.mu.Unlock()
 			return c, nil
 		}
 		errs = append(errs, fmt.Errorf("node %s at %s: %w", id, place, err))
 	}
 	return nil, errors.Join(errs...)
+}
+
+// Place returns the address at which a node was last reached; empty: it never was.
+func (l *Layer) Place(id string) string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.places[id]
 }
 
 func (l *Layer) dialAt(id, place string, timeout time.Duration) (net.Conn, error) {
