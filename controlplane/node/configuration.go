@@ -44,6 +44,7 @@ var devDefaults = map[string]string{
 	"node.data_dir": "certmesh-data",
 	"listen.api":    "127.0.0.1:8443", "listen.grpc": "127.0.0.1:8442",
 	"listen.mesh": "127.0.0.1:8444", "listen.pki": "127.0.0.1:8080",
+	"listen.raft": "127.0.0.1:0", // a node alone is called by nobody
 }
 
 // LoadConfiguration reads file (may be empty), the environment and flags, in that order of strength.

@@ -21,6 +21,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	"github.com/certmesh/certmesh/cluster"
+	"github.com/certmesh/certmesh/cluster/link"
 	"github.com/certmesh/certmesh/connectors/catalog/onhost"
 	"github.com/certmesh/certmesh/connectors/target"
 	"github.com/certmesh/certmesh/controlplane/internal/config"
@@ -45,7 +47,7 @@ type Options struct {
 }
 
 // Addresses are where the listeners really listen.
-type Addresses struct{ API, GRPC, Mesh, PKI, Debug string }
+type Addresses struct{ API, GRPC, Mesh, Raft, PKI, Debug string }
 
 // Node is a running control-plane node.
 type Node struct {
@@ -56,7 +58,10 @@ type Node struct {
 
 	lock     *os.File
 	store    *store.Store
+	member   *membership
 	trust    *trust
+	links    *link.Mesh
+	raft     *cluster.Node
 	parts    *parts
 	draining atomic.Bool
 	failed   chan error
@@ -64,6 +69,7 @@ type Node struct {
 	grpcServer, meshServer *grpc.Server
 	apiServer, pkiServer   *http.Server
 	debugServer            *http.Server // nil: off
+	consoleServer          *grpc.Server
 	addresses              Addresses
 	profile                string
 
@@ -105,6 +111,10 @@ func (n *Node) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if n.member, err = enter(ctx, n.store, n.cfg, n.clk, n.log); err != nil {
+		lis.close()
+		return err
+	}
 	if n.trust, err = openTrust(ctx, trustConfig{Store: n.store, Ring: ring, Clock: n.clk, Log: n.log, NodeID: n.cfg.Node.ID,
 		TrustDomain: n.cfg.Mesh.TrustDomain, Names: n.cfg.Node.Names, TTL: n.cfg.Mesh.IdentityTTL}); err != nil {
 		lis.close()
@@ -120,17 +130,41 @@ func (n *Node) start(ctx context.Context) error {
 			return err
 		}
 	}
+	if n.links, err = n.newLinks(metrics); err != nil {
+		lis.close()
+		return err
+	}
 	if n.parts, err = n.wire(ring, metrics); err != nil {
 		lis.close()
 		return err
 	}
 	metrics.MustRegister(newEstate(n.store, n.clk, n.log))
+	// Before anybody is served: sessions and duties ask who else there is.
+	if err := n.joinCluster(ctx, lis.raft, metrics); err != nil {
+		lis.close()
+		return err
+	}
 	n.serve(lis, metrics)
+	n.serveConsole(lis.console)
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	n.background = cancel
 	n.done.Go(func() { n.trust.keep(background) })
 	n.done.Go(func() { n.trust.watch(background, n.parts.sessions.TrustChanged) })
 	n.done.Go(func() { n.parts.nudge.run(background) })
+	n.done.Go(func() { n.followMembers(background) })
+	n.done.Go(func() { n.shareChanges(background, n.parts.changes) })
+	n.done.Go(func() {
+		if err := n.member.keep(background); err != nil {
+			n.end(err)
+		}
+	})
+	n.done.Go(func() {
+		select {
+		case err := <-n.raft.Failed():
+			n.end(fmt.Errorf("the cluster: %w", err))
+		case <-background.Done():
+		}
+	})
 	n.parts.sessions.Start()
 	n.parts.duties.Start()
 	n.log.Info("ready", "node", n.cfg.Node.ID, "store", n.store.Dialect(), "version", n.opts.Version, "grpc", n.addresses.GRPC,
@@ -138,8 +172,17 @@ func (n *Node) start(ctx context.Context) error {
 	return nil
 }
 
-// Failed receives when a listener ends although nobody stopped it; the node is then of no use.
+// Failed receives when the node is of no use any more: a listener has ended although nobody stopped it, or the node does
+// not belong to the cluster. It receives nil when an operator has asked the node to end.
 func (n *Node) Failed() <-chan error { return n.failed }
+
+// end makes Failed receive err, if it is the first.
+func (n *Node) end(err error) {
+	select {
+	case n.failed <- err:
+	default:
+	}
+}
 
 // Addresses are where the listeners really listen, which differs from the configuration when a port was 0.
 func (n *Node) Addresses() Addresses { return n.addresses }
@@ -153,6 +196,9 @@ func (n *Node) Stop(ctx context.Context) error {
 	var errs []error
 	n.stop.Do(func() {
 		n.draining.Store(true)
+		if n.raft != nil {
+			n.leaveLeading(ctx)
+		}
 		if n.parts != nil {
 			n.parts.duties.Stop()
 			if err := n.parts.sessions.Stop(ctx); err != nil {
@@ -160,7 +206,15 @@ func (n *Node) Stop(ctx context.Context) error {
 			}
 			n.parts.api.Drain()
 		}
-		for _, s := range []*grpc.Server{n.meshServer, n.grpcServer} {
+		if n.raft != nil {
+			if err := n.raft.Stop(ctx); err != nil {
+				errs = append(errs, fmt.Errorf("stop Raft: %w", err))
+			}
+		}
+		if n.links != nil {
+			n.links.Stop()
+		}
+		for _, s := range []*grpc.Server{n.consoleServer, n.meshServer, n.grpcServer} {
 			if s != nil {
 				stopGRPC(ctx, s)
 			}
@@ -251,10 +305,10 @@ func (n *Node) keyring() (*secret.Keyring, error) {
 }
 
 // listeners are bound before anything is made, so that a port in use costs nothing.
-type listeners struct{ api, grpc, mesh, pki, debug net.Listener }
+type listeners struct{ api, grpc, mesh, raft, pki, debug, console net.Listener }
 
 func (l *listeners) close() {
-	for _, x := range []net.Listener{l.api, l.grpc, l.mesh, l.pki, l.debug} {
+	for _, x := range []net.Listener{l.api, l.grpc, l.mesh, l.raft, l.pki, l.debug, l.console} {
 		if x != nil {
 			_ = x.Close() // it has served nothing
 		}
@@ -271,6 +325,7 @@ func (n *Node) listen() (*listeners, error) {
 		{"listen.api", n.cfg.Listen.API, &l.api, &n.addresses.API},
 		{"listen.grpc", n.cfg.Listen.GRPC, &l.grpc, &n.addresses.GRPC},
 		{"listen.mesh", n.cfg.Listen.Mesh, &l.mesh, &n.addresses.Mesh},
+		{"listen.raft", n.cfg.Listen.Raft, &l.raft, &n.addresses.Raft},
 		{"listen.pki", n.cfg.Listen.PKI, &l.pki, &n.addresses.PKI},
 		{"listen.debug", n.cfg.Listen.Debug, &l.debug, &n.addresses.Debug},
 	} {
@@ -283,6 +338,11 @@ func (n *Node) listen() (*listeners, error) {
 			return nil, fault.Wrap(fault.Invalid, err, "%s: cannot listen; choose another address or stop what uses it", b.key)
 		}
 		*b.to, *b.at = x, x.Addr().String()
+	}
+	var err error
+	if l.console, err = listenConsole(n.cfg.Node.DataDir); err != nil {
+		l.close()
+		return nil, err
 	}
 	return l, nil
 }

@@ -70,6 +70,9 @@ func writePrivate(path string, data []byte) (err error) {
 		}
 	}()
 	_, err = f.Write(data)
+	if err == nil {
+		err = f.Sync()
+	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fault.Wrap(fault.Invalid, err, "cannot write to the data directory (node.data_dir)")
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/certmesh/certmesh/controlplane/internal/rest"
 	"github.com/certmesh/certmesh/controlplane/internal/secret"
 	"github.com/certmesh/certmesh/controlplane/internal/session"
+	clusterpb "github.com/certmesh/certmesh/protocol/cluster/v1"
 )
 
 // parts are what runs inside a node.
@@ -35,13 +36,13 @@ type parts struct {
 	api      *api.API
 	duties   *duty.Runner
 	nudge    *nudge
+	changes  *hub.Hub
 	crls     *crl.Server
 }
 
 // wire makes the parts and hands each what it needs of the others.
 func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts, error) {
-	p := &parts{}
-	changes := hub.New()
+	p := &parts{changes: hub.New()}
 	authorities := &authorities{store: n.store, ring: ring}
 	permits := dispatch.NewPermits(n.cfg.Jobs.RenewalConcurrency)
 	if err := metrics.Register(permits); err != nil {
@@ -58,19 +59,20 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		p.duties.Trigger(duty.ShortLivedExpiry)
 	})
 	if p.sessions, err = session.New(session.Config{NodeID: n.cfg.Node.ID, TrustDomain: n.cfg.Mesh.TrustDomain, Store: n.store,
-		Mesh: n.mesh, Reload: n.trust.reload, Issue: pipeline, Hub: changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
+		Mesh: n.mesh, Reload: n.trust.reload, Issue: pipeline, Hub: p.changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
 		IdentityTTL: n.cfg.Mesh.IdentityTTL, VerifyTimeout: n.cfg.Jobs.VerifyTimeout, VerifyInterval: n.cfg.Jobs.VerifyInterval, BeatInterval: n.beatInterval(), MaxBeat: n.maxBeat(),
-		Handshakes: n.cfg.Mesh.Handshakes, Changed: p.nudge.request}); err != nil {
+		Handshakes: n.cfg.Mesh.Handshakes, Changed: p.nudge.request,
+		Nodes: n.otherNodes, RemoteWake: n.remoteWake, RemoteDisconnect: n.links.Disconnect, RemotePushState: n.links.PushState}); err != nil {
 		return nil, err
 	}
-	if p.duties, err = duty.NewRunner(duty.Config{Node: n.cfg.Node.ID, Store: n.store, Clock: n.clk, Log: n.log, Metrics: metrics,
+	if p.duties, err = duty.NewRunner(duty.Config{Node: n.cfg.Node.ID, Elected: true, RemoteTrigger: n.triggerLeader, Store: n.store, Clock: n.clk, Log: n.log, Metrics: metrics,
 		Duties: duty.Table(duty.Deps{Node: n.cfg.Node.ID, Store: n.store, Settings: n.dutySettings(), Since: n.clk.Now(), Wake: p.sessions.Wake,
 			WakeHeld: p.sessions.WakeLocal, Log: n.log,
 			CRLs: &crl.Builder{Store: n.store, Signer: authorities.signer, Validity: n.cfg.PKI.CRLValidity, Log: n.log}})}); err != nil {
 		return nil, err
 	}
 	if p.api, err = api.New(api.Config{Store: n.store, Sessions: p.sessions, Issuers: &localIssuers{ring: ring, publicURL: n.publicURL(), now: n.clk.Now},
-		CheckTarget: n.checkTarget, Hub: changes, Clock: n.clk, Log: n.log, Metrics: metrics,
+		CheckTarget: n.checkTarget, Hub: p.changes, Clock: n.clk, Log: n.log, Metrics: metrics,
 		Node: api.Node{ID: n.cfg.Node.ID, Version: n.opts.Version, Store: n.store.Dialect(), TrustDomain: n.cfg.Mesh.TrustDomain,
 			StartedAt: n.clk.Now()},
 		Duties:  p.dutyStatus,
@@ -133,6 +135,7 @@ func (n *Node) serve(l *listeners, metrics prometheus.Gatherer) {
 	n.meshServer = grpc.NewServer(append(n.parts.sessions.Options(),
 		grpc.Creds(credentials.NewTLS(session.TLS(n.trust.certificate, n.trust.pool))))...)
 	n.parts.sessions.Register(n.meshServer)
+	n.links.Register(n.meshServer)
 	n.apiServer = httpServer(rest.Handler(rest.Config{Ping: n.store.Ping, Draining: n.draining.Load, Metrics: metrics}), n.log)
 	n.apiServer.TLSConfig = n.trust.server("h2", "http/1.1")
 	n.pkiServer = httpServer(n.parts.crls.Handler(), n.log)
@@ -169,6 +172,13 @@ func httpServer(h http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
+// serveConsole answers certmeshd's own commands.
+func (n *Node) serveConsole(l net.Listener) {
+	n.consoleServer = grpc.NewServer(grpc.MaxConcurrentStreams(16))
+	clusterpb.RegisterConsoleServiceServer(n.consoleServer, &desk{n: n})
+	n.run("the console's socket", func() error { return n.consoleServer.Serve(l) })
+}
+
 // run serves one listener until it ends; an end that nobody asked for fails the node.
 func (n *Node) run(name string, serve func() error) {
 	n.done.Go(func() {
@@ -176,9 +186,6 @@ func (n *Node) run(name string, serve func() error) {
 		if err == nil || n.draining.Load() || errors.Is(err, http.ErrServerClosed) || errors.Is(err, grpc.ErrServerStopped) || errors.Is(err, net.ErrClosed) {
 			return
 		}
-		select {
-		case n.failed <- fmt.Errorf("%s: %w", name, err):
-		default:
-		}
+		n.end(fmt.Errorf("%s: %w", name, err))
 	})
 }

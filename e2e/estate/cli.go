@@ -15,7 +15,7 @@ import (
 
 // CLIEnv is the environment under which `certmesh` talks to this estate.
 func (e *Estate) CLIEnv() []string {
-	return []string{"CERTMESH_CONFIG=" + e.Path("server", "client.yaml")}
+	return []string{"CERTMESH_CONFIG=" + e.Path(e.node, "client.yaml")}
 }
 
 // CLIError is a command that failed.

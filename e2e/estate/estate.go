@@ -34,7 +34,10 @@ type Config struct {
 type Estate struct {
 	cfg Config
 
-	API, GRPC, Mesh, PKI string
+	API, GRPC, Mesh, PKI, Raft string
+
+	// node names the control plane's directory and process.
+	node string
 
 	mu    sync.Mutex
 	procs []*Process
@@ -45,11 +48,15 @@ func New(cfg Config) (*Estate, error) {
 	if err := os.MkdirAll(cfg.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	ports, err := FreeAddrs(4)
+	return newNode(cfg, "server")
+}
+
+func newNode(cfg Config, node string) (*Estate, error) {
+	ports, err := FreeAddrs(5)
 	if err != nil {
 		return nil, err
 	}
-	return &Estate{cfg: cfg, API: ports[0], GRPC: ports[1], Mesh: ports[2], PKI: ports[3]}, nil
+	return &Estate{cfg: cfg, API: ports[0], GRPC: ports[1], Mesh: ports[2], PKI: ports[3], Raft: ports[4], node: node}, nil
 }
 
 // Path joins elem below the estate's directory.
@@ -71,11 +78,12 @@ func (e *Estate) Close() {
 // ServerEnv is the environment that puts certmeshd on the estate's ports.
 func (e *Estate) ServerEnv() []string {
 	return []string{
-		"CERTMESH_DATA_DIR=" + e.Path("server"),
+		"CERTMESH_DATA_DIR=" + e.Path(e.node),
 		"CERTMESH_LISTEN_API=" + e.API,
 		"CERTMESH_LISTEN_GRPC=" + e.GRPC,
 		"CERTMESH_LISTEN_MESH=" + e.Mesh,
 		"CERTMESH_LISTEN_PKI=" + e.PKI,
+		"CERTMESH_LISTEN_RAFT=" + e.Raft,
 	}
 }
 
@@ -90,7 +98,11 @@ func (e *Estate) Serve(ctx context.Context, env ...string) (*Process, error) {
 }
 
 func (e *Estate) startServer(ctx context.Context, env []string, mode string) (*Process, error) {
-	p, err := e.Start("certmeshd", "certmeshd", append(e.ServerEnv(), env...), mode)
+	name := "certmeshd"
+	if e.node != "server" {
+		name += "-" + e.node
+	}
+	p, err := e.Start(name, "certmeshd", append(e.ServerEnv(), env...), mode)
 	if err != nil {
 		return nil, err
 	}

@@ -290,6 +290,18 @@ func SelfSigned(chain string) string {
 	}
 }
 
+// MeshFingerprint is that of the last certificate which a node's listener shows, as an operator would read it off the host.
+func MeshFingerprint(ctx context.Context, addr string) (string, error) {
+	d := tls.Dialer{Config: &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}} //nolint:gosec // nothing is sent, the chain is looked at
+	conn, err := d.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return "", err
+	}
+	defer conn.Close()
+	chain := conn.(*tls.Conn).ConnectionState().PeerCertificates
+	return Fingerprint(chain[len(chain)-1]), nil
+}
+
 // Serial is a certificate's serial as the tool prints it.
 func Serial(c *x509.Certificate) string { return c.SerialNumber.Text(16) }
 

@@ -2,10 +2,7 @@ package mainjob
 
 import (
 	"crypto/rand"
-	"crypto/sha256"
-	"crypto/tls"
 	"encoding/base64"
-	"encoding/hex"
 	"strings"
 	"testing"
 
@@ -67,9 +64,11 @@ func TestLesson18ServeAsShipped(t *testing.T) {
 	l.OK(err)
 	profile := l.Path("server", "client.yaml")
 	cli := append(l.CLIEnv(), "CERTMESH_API_KEY="+key)
+	root, err := estate.MeshFingerprint(l.Ctx, l.GRPC)
+	l.OK(err)
 	_, err = l.Run(l.Ctx, "certmesh", cli, "login", "--server", l.GRPC, "--ca-fingerprint", strings.Repeat("ab", 32))
 	l.IsRefusal(err, 1, "fingerprint")
-	_, err = l.Run(l.Ctx, "certmesh", cli, "login", "--server", l.GRPC, "--ca-fingerprint", rootOf(t, l.GRPC))
+	_, err = l.Run(l.Ctx, "certmesh", cli, "login", "--server", l.GRPC, "--ca-fingerprint", root)
 	l.OK(err)
 	if text := l.read(profile); !strings.Contains(text, "BEGIN CERTIFICATE") {
 		t.Errorf("the profile holds no root:\n%s", text)
@@ -122,16 +121,3 @@ type constError string
 func (c constError) Error() string { return string(c) }
 
 const errStillReady = constError("it is ready")
-
-// rootOf is the fingerprint of the last certificate that a listener shows, as an operator would read it off the host.
-func rootOf(t *testing.T, addr string) string {
-	t.Helper()
-	c, err := tls.Dial("tcp", addr, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = c.Close() }()
-	chain := c.ConnectionState().PeerCertificates
-	sum := sha256.Sum256(chain[len(chain)-1].Raw)
-	return hex.EncodeToString(sum[:])
-}

@@ -27,6 +27,7 @@ type Config struct {
 	Store     Store     `yaml:"store"`
 	Secrets   Secrets   `yaml:"secrets"`
 	Mesh      Mesh      `yaml:"mesh"`
+	Cluster   Cluster   `yaml:"cluster"`
 	API       API       `yaml:"api"`
 	PKI       PKI       `yaml:"pki"`
 	Scheduler Scheduler `yaml:"scheduler"`
@@ -46,6 +47,7 @@ type Listen struct {
 	API   string `yaml:"api" env:"CERTMESH_LISTEN_API" default:":8443" doc:"host:port for /health, /ready and /metrics over TLS."`
 	GRPC  string `yaml:"grpc" env:"CERTMESH_LISTEN_GRPC" default:":8442" doc:"host:port for operators over gRPC."`
 	Mesh  string `yaml:"mesh" env:"CERTMESH_LISTEN_MESH" default:":8444" doc:"host:port for agents."`
+	Raft  string `yaml:"raft" env:"CERTMESH_LISTEN_RAFT" default:":8445" doc:"host:port for the other nodes' Raft."`
 	PKI   string `yaml:"pki" env:"CERTMESH_LISTEN_PKI" default:":8080" doc:"host:port for CRLs and CA certificates, plain HTTP as RFC 5280 section 8 advises."`
 	Debug string `yaml:"debug" env:"CERTMESH_LISTEN_DEBUG" doc:"host:port of a loopback address for profiles (/debug/pprof), which anybody on this host may then read. Empty: off."`
 }
@@ -67,6 +69,18 @@ type Mesh struct {
 	TrustDomain string        `yaml:"trust_domain" env:"CERTMESH_TRUST_DOMAIN" default:"certmesh.local" doc:"Trust domain of the SPIFFE ids. It cannot change once agents have joined."`
 	IdentityTTL time.Duration `yaml:"identity_ttl" env:"CERTMESH_IDENTITY_TTL" default:"168h" doc:"Validity of agents' and nodes' identities, 1m to 2160h; they are renewed at half of it."`
 	Handshakes  int           `yaml:"handshakes" env:"CERTMESH_MESH_HANDSHAKES" default:"64" doc:"Hellos and enrolments that are worked on at the same time; more Hellos wait, more enrolments are asked to come back."`
+}
+
+// Cluster is how nodes find each other; see docs/cluster.md.
+type Cluster struct {
+	Join            []string      `yaml:"join" env:"CERTMESH_CLUSTER_JOIN" doc:"host:port of the mesh listeners of some nodes, this one may be among them; the same list on every node. Empty: a cluster of one."`
+	BootstrapExpect int           `yaml:"bootstrap_expect" env:"CERTMESH_CLUSTER_BOOTSTRAP_EXPECT" default:"1" doc:"How many nodes begin a new cluster together: 1, 3, 5 or 7. It counts where none of them belongs to one yet, and may stay as it is for ever."`
+	Token           string        `yaml:"token" env:"CERTMESH_CLUSTER_TOKEN" secret:"true" doc:"Token of certmeshd cluster token create. It counts at the node's first start alone."`
+	TokenFile       string        `yaml:"token_file" env:"CERTMESH_CLUSTER_TOKEN_FILE" doc:"File that holds the token, instead of cluster.token."`
+	MeshAddress     string        `yaml:"mesh_address" env:"CERTMESH_CLUSTER_MESH_ADDRESS" doc:"host:port under which agents and other nodes reach the mesh listener. Empty: the first of node.names and the port of listen.mesh."`
+	RaftAddress     string        `yaml:"raft_address" env:"CERTMESH_CLUSTER_RAFT_ADDRESS" doc:"host:port under which other nodes reach the raft listener. Empty: the first of node.names and the port of listen.raft."`
+	ReapAfter       time.Duration `yaml:"reap_after" env:"CERTMESH_CLUSTER_REAP_AFTER" default:"24h" doc:"How long a member may be dead before it loses its vote; never below three voters."`
+	MaxClockSkew    time.Duration `yaml:"max_clock_skew" env:"CERTMESH_CLUSTER_MAX_CLOCK_SKEW" default:"1m" doc:"How far a node's clock may be off when it joins."`
 }
 
 // API is what operators may ask of a node at the same time.
@@ -216,6 +230,30 @@ func Reference() []Value {
 	return out
 }
 
+func (c *Cluster) problems(bad func(key, format string, args ...any)) {
+	for i, a := range c.Join {
+		if _, _, err := net.SplitHostPort(a); err != nil {
+			bad(fmt.Sprintf("cluster.join[%d]", i), "%q is not host:port", a)
+		}
+	}
+	for key, a := range map[string]string{"cluster.mesh_address": c.MeshAddress, "cluster.raft_address": c.RaftAddress} {
+		if host, _, err := net.SplitHostPort(a); a != "" && (err != nil || host == "") {
+			bad(key, "%q is not host:port", a)
+		}
+	}
+	switch n := c.BootstrapExpect; {
+	case n == 2:
+		bad("cluster.bootstrap_expect", "two voters stand still as soon as one of them is away: use 1 or 3")
+	case n < 1 || n > 7 || n%2 == 0:
+		bad("cluster.bootstrap_expect", "%d is not 1, 3, 5 or 7", n)
+	case n > 1 && len(c.Join) == 0:
+		bad("cluster.bootstrap_expect", "%d nodes can begin together only if cluster.join names them", n)
+	}
+	if c.Token != "" && c.TokenFile != "" {
+		bad("cluster.token_file", "set this or cluster.token, not both")
+	}
+}
+
 // minIdentityTTL is the shortest validity that the CA signs; values of minutes are for trying out what happens when
 // identities expire.
 const minIdentityTTL = time.Minute
@@ -224,7 +262,7 @@ func (c *Config) problems() []error {
 	var out []error
 	bad := func(key, format string, args ...any) { out = append(out, fault.InvalidField(key, format, args...)) }
 	for key, addr := range map[string]string{"listen.api": c.Listen.API, "listen.grpc": c.Listen.GRPC,
-		"listen.mesh": c.Listen.Mesh, "listen.pki": c.Listen.PKI} {
+		"listen.mesh": c.Listen.Mesh, "listen.raft": c.Listen.Raft, "listen.pki": c.Listen.PKI} {
 		if _, _, err := net.SplitHostPort(addr); err != nil {
 			bad(key, "%q is not host:port", addr)
 		}
@@ -247,6 +285,7 @@ func (c *Config) problems() []error {
 	if c.Mesh.Handshakes < 1 {
 		bad("mesh.handshakes", "must be 1 or more")
 	}
+	c.Cluster.problems(bad)
 	if c.API.Changes < 1 || c.API.Changes > 10_000 {
 		bad("api.changes", "%d is not between 1 and 10000", c.API.Changes)
 	}

@@ -88,7 +88,7 @@ func TestEveryProblemIsNamed(t *testing.T) {
 func TestBadFilesAreToldInOneLineEach(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct{ text, want string }{
-		"unknown key":     {"listen:\n  apu: 127.0.0.1:1\n", "listen.apu: is no setting (node.yaml, line 2); listen has api, grpc, mesh, pki"},
+		"unknown key":     {"listen:\n  apu: 127.0.0.1:1\n", "listen.apu: is no setting (node.yaml, line 2); listen has api, grpc, mesh, raft, pki"},
 		"unknown section": {"lisen:\n  api: x\n", `"lisen": is no section (node.yaml, line 1); use one of node, listen, store`},
 		"duration":        {"jobs:\n  keep: long\n", `jobs.keep: "long" is not a duration such as 30s or 1h (node.yaml, line 2)`},
 		"number":          {"store:\n  max_readers: many\n", `store.max_readers: "many" is not a whole number (node.yaml, line 2)`},
