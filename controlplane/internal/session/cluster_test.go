@@ -279,3 +279,32 @@ func TestWelcomeNamesTheOtherNodes(t *testing.T) {
 		t.Errorf("always %v first", firsts)
 	}
 }
+
+// TestHolderReadBeforeTheCommitMisses: why the order of the two steps matters, and that a missed job is not found by
+// itself. The creator reads the holder, the agent moves, the job is committed, the former holder is woken.
+func TestHolderReadBeforeTheCommitMisses(t *testing.T) {
+	t.Parallel()
+	x := newPair(t)
+	h := x.a.host("web1")
+	former := h.online(credits(1, 1))
+	holder := x.a.store.session(h.id).Holder
+	former.leave()
+	former.end()
+	k := h.at(x.b).online(credits(1, 1))
+	for range 2 {
+		k.state()
+	}
+	job := x.a.store.order(domain.JobDeployment, h.id, "cert_1", "tgt_1")
+	for _, p := range []*plane{x.a, x.b} {
+		if p.srv.cfg.NodeID == holder {
+			p.srv.WakeHeld([]string{h.id}) // nobody is there: it does nothing at all
+		}
+	}
+	if len(k.in) != 0 || x.a.store.job(job.ID).Attempt != 0 {
+		t.Fatal("it did not miss")
+	}
+	x.a.srv.Wake(h.id) // reads the holder now
+	if a := k.assignment(); a.GetId() != job.ID {
+		t.Errorf("%v", a)
+	}
+}
