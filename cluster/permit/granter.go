@@ -20,16 +20,20 @@ type Granter struct {
 	lease time.Duration
 	// opens is when the leases of former terms have lapsed, whoever granted them; nothing is granted before.
 	opens time.Duration
-	// firstID is of the first lease that this term may grant, nextID of the next.
+	// firstID is of the first lease that this term may grant, nextID of the next: one more than the last that was committed.
+	// The log takes no id twice, so nothing is granted any more by one who does not know of another's grants.
 	firstID, nextID uint64
 	// turns counts requests; it is the order in which holders take turns.
 	turns   uint64
 	issuers map[string]*issuer
-	// known are the leases in the ledger.
+	// known are the leases in the log.
 	known map[holding]known
 }
 
-// known is a lease in the ledger and when it can be ended there.
+// holding is what leases replace each other by, in the log.
+type holding struct{ issuer, node string }
+
+// known is a lease in the log and when it can be ended there.
 type known struct {
 	id    uint64
 	until time.Duration
@@ -40,7 +44,7 @@ type holder struct{ node, instance string }
 
 type issuer struct {
 	holders map[holder]*holderState
-	// pausedUntil is when the restraint that the issuer asked for ends, 0: none is known. logged is what the ledger says.
+	// pausedUntil is when the restraint that the issuer asked for ends, 0: none is known. logged is what the log says.
 	pausedUntil, logged time.Duration
 }
 
@@ -69,17 +73,17 @@ type Term struct {
 	Now time.Duration
 	// Lease is the length of leases.
 	Lease time.Duration
-	// Leases, Pauses and LastID are the ledger's.
+	// Leases, Pauses and LastID are the log's.
 	Leases []*clusterpb.PermitLease
 	Pauses []*clusterpb.PauseIssuer
 	LastID uint64
-	// Seed begins the ids where the ledger has none. At random: a cluster whose Raft was wiped must not use ids again that
+	// Seed begins the ids where the log has none. At random: a cluster whose Raft was wiped must not use ids again that
 	// a message of before could mean.
 	Seed uint64
 }
 
-// NewGranter starts a term. It waits one longest lease before it grants anything: the ledger may have been wiped, so what
-// it does not say may be in use all the same.
+// NewGranter starts a term. It waits one longest lease before it grants anything: the log may have been wiped, so what it
+// does not say may be in use all the same.
 func NewGranter(t Term) *Granter {
 	g := &Granter{lease: t.Lease, opens: t.Now + t.Lease, nextID: t.LastID + 1, issuers: map[string]*issuer{}, known: map[holding]known{}}
 	if t.LastID == 0 {
@@ -121,7 +125,8 @@ func (g *Granter) issuer(id string) *issuer {
 type Decision struct {
 	// Response is the answer, once Commands are in the log.
 	Response *clusterpb.LeaseResponse
-	// Grant must be committed before Response is given. If that fails the holder hears of the failure alone.
+	// Grant must be committed before Response is given, and before the next request is asked about. If it was, Committed must
+	// be called; else the holder hears of the failure alone.
 	Grant *clusterpb.Command
 	// Pause is to be committed, so that the next leader knows.
 	Pause *clusterpb.Command
@@ -165,18 +170,23 @@ func (g *Granter) Ask(now time.Duration, node string, r *clusterpb.LeaseRequest,
 
 func (g *Granter) grant(now time.Duration, i *issuer, who holder, permits int, rate float64, issuerID string, d *Decision) {
 	id := g.nextID
-	g.nextID++
 	h := i.holders[who]
 	h.turn(true, g.turns)
 	until := now + g.lease
 	// What the new lease covers in every respect need not be counted beside it.
 	h.charges = slices.DeleteFunc(h.charges, func(c charge) bool { return c.permits <= permits && c.rate <= rate && c.until <= until })
 	h.charges = append(h.charges, charge{id: id, permits: permits, rate: rate, until: until})
-	g.known[holding{issuerID, who.node}] = known{id, until}
 	d.Response.Permits, d.Response.Rate, d.Response.LeaseId = int32(permits), rate, id //nolint:gosec // At most what was wanted, an int32.
 	d.Response.DurationMs = g.lease.Milliseconds()
 	d.Grant = &clusterpb.Command{Body: &clusterpb.Command_Grant{Grant: &clusterpb.GrantPermits{Lease: &clusterpb.PermitLease{
 		Id: id, IssuerId: issuerID, NodeId: who.node, Permits: d.Response.Permits, DurationMs: d.Response.DurationMs}}}}
+}
+
+// Committed says that the grant of a decision is in the log.
+func (g *Granter) Committed(now time.Duration, grant *clusterpb.Command) {
+	l := grant.GetGrant().GetLease()
+	g.nextID = max(g.nextID, l.GetId()+1)
+	g.known[holding{l.GetIssuerId(), l.GetNodeId()}] = known{l.GetId(), now + time.Duration(l.GetDurationMs())*time.Millisecond}
 }
 
 // turn notes whether the holder has permits, and since when.
@@ -322,8 +332,8 @@ func (i *issuer) patience(now time.Duration, who holder, lease time.Duration) ti
 	return max(wait, lease/20)
 }
 
-// Sweep returns the commands that end in the ledger what has lapsed or was given back, and pauses that are over; none if
-// there is nothing to say. One that cannot be committed is not said again: the next leader finds it in the ledger.
+// Sweep returns the commands that end in the log what has lapsed or was given back, and pauses that are over; none if
+// there is nothing to say. One that cannot be committed is not said again: the next leader finds it there.
 func (g *Granter) Sweep(now time.Duration) []*clusterpb.Command {
 	var ended []uint64
 	for at, k := range g.known {

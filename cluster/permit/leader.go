@@ -15,10 +15,10 @@ import (
 
 // Log is the Raft log as leases see it; *cluster.Node is one.
 type Log interface {
-	// Propose returns nil once the command is committed. Then this node has led at some time after Propose was called.
+	// Propose returns nil once the command is committed: then this node has led at some time after Propose was called. Class
+	// Conflict: a lease's id is not above all that were granted.
 	Propose(ctx context.Context, c *clusterpb.Command) error
-	// Leases, Pauses and LastLeaseID are what a Ledger says that has applied all that was committed when this node began to
-	// lead.
+	// Leases, Pauses and LastLeaseID are what all says that was committed when this node began to lead, or later.
 	Leases() []*clusterpb.PermitLease
 	Pauses() []*clusterpb.PauseIssuer
 	LastLeaseID() uint64
@@ -41,10 +41,16 @@ type Leader struct {
 	cfg   LeaderConfig
 	start time.Time
 
+	// order lets requests through one at a time, in which their leases' ids get into the log.
+	order chan struct{}
+
 	mu sync.Mutex
-	// granter is nil while this node does not lead.
-	granter *Granter
+	// reign is nil while this node does not lead.
+	reign *reign
 }
+
+// reign is a time of leadership. Its Granter is guarded by the Leader's mutex.
+type reign struct{ granter *Granter }
 
 // NewLeader returns a Leader that does not lead.
 func NewLeader(cfg LeaderConfig) (*Leader, error) {
@@ -54,22 +60,21 @@ func NewLeader(cfg LeaderConfig) (*Leader, error) {
 	if cfg.Lease <= 0 {
 		cfg.Lease = DefaultLease
 	}
-	return &Leader{cfg: cfg, start: cfg.Clock.Now()}, nil
+	return &Leader{cfg: cfg, start: cfg.Clock.Now(), order: make(chan struct{}, 1)}, nil
 }
 
 // Lead answers requests until ctx ends. It is called after this node began to lead and has applied what was committed
 // before; ctx ends with the leadership.
 func (l *Leader) Lead(ctx context.Context) {
+	r := &reign{granter: l.newGranter()}
 	l.mu.Lock()
-	g := NewGranter(Term{Now: l.now(), Lease: l.cfg.Lease, Leases: l.cfg.Log.Leases(), Pauses: l.cfg.Log.Pauses(), LastID: l.cfg.Log.LastLeaseID(),
-		Seed: rand.Uint64()}) //nolint:gosec // Against repetition, not against guessing.
-	l.granter = g
+	l.reign = r
 	l.mu.Unlock()
 	defer func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		if l.granter == g {
-			l.granter = nil
+		if l.reign == r {
+			l.reign = nil
 		}
 	}()
 	sweep := l.cfg.Clock.NewTicker(l.cfg.Lease)
@@ -81,12 +86,17 @@ func (l *Leader) Lead(ctx context.Context) {
 		case <-sweep.Chan():
 		}
 		l.mu.Lock()
-		commands := g.Sweep(l.now())
+		commands := r.granter.Sweep(l.now())
 		l.mu.Unlock()
 		for _, c := range commands {
 			l.propose(ctx, c)
 		}
 	}
+}
+
+func (l *Leader) newGranter() *Granter {
+	return NewGranter(Term{Now: l.now(), Lease: l.cfg.Lease, Leases: l.cfg.Log.Leases(), Pauses: l.cfg.Log.Pauses(), LastID: l.cfg.Log.LastLeaseID(),
+		Seed: rand.Uint64()}) //nolint:gosec // Against repetition, not against guessing.
 }
 
 func (l *Leader) now() time.Duration { return l.cfg.Clock.Since(l.start) }
@@ -100,8 +110,8 @@ func (l *Leader) propose(ctx context.Context, c *clusterpb.Command) {
 	}
 }
 
-// Lease decides a request of a node, named by its certificate. Conflict: this node does not lead. Another error says that
-// the grant is not known to be committed; it is counted as if it were.
+// Lease decides a request of a node, named by its certificate. Rejected: this node does not lead. Another error says that a
+// grant is not known to be committed; it is counted as if it were.
 func (l *Leader) Lease(ctx context.Context, nodeID string, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error) {
 	switch {
 	case r.GetIssuerId() == "" || len(r.GetIssuerId()) > maxName:
@@ -109,24 +119,41 @@ func (l *Leader) Lease(ctx context.Context, nodeID string, r *clusterpb.LeaseReq
 	case len(r.GetInstance()) > maxName:
 		return nil, fault.InvalidField("instance", "must have at most %d bytes", maxName)
 	}
-	l.mu.Lock()
-	g := l.granter
-	if g == nil {
-		l.mu.Unlock()
-		return nil, fault.New(fault.Conflict, "this node does not lead; ask the one that does")
+	select {
+	case l.order <- struct{}{}:
+		defer func() { <-l.order }()
+	case <-ctx.Done():
+		return nil, fault.Wrap(fault.Retryable, ctx.Err(), "requests for permits wait for the log")
 	}
+	l.mu.Lock()
+	reign := l.reign
+	if reign == nil {
+		l.mu.Unlock()
+		return nil, fault.New(fault.Rejected, "this node does not lead; ask the one that does")
+	}
+	g := reign.granter
 	d := g.Ask(l.now(), nodeID, r, l.cfg.Limits(r.GetIssuerId()))
 	l.mu.Unlock()
 	if d.Pause != nil {
 		l.propose(ctx, d.Pause)
 	}
-	if d.Grant != nil {
-		// Committed means that this node led after it took the request: who leads next began later, and waits a whole lease.
-		if err := l.cfg.Log.Propose(ctx, d.Grant); err != nil {
-			return nil, fault.Wrap(fault.Retryable, err, "commit a lease of permits")
-		}
+	if d.Grant == nil {
+		return d.Response, nil
 	}
-	return d.Response, nil
+	// Committed means that this node led after it took the request: who leads next began later, and waits a whole lease.
+	err := l.cfg.Log.Propose(ctx, d.Grant)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case err == nil:
+		g.Committed(l.now(), d.Grant)
+		return d.Response, nil
+	case fault.Is(err, fault.Conflict):
+		// Somebody has granted what this Granter does not know: another leader, while this node did not notice that it had lost
+		// and regained leadership; or itself, in a proposal that it took for failed.
+		reign.granter = l.newGranter()
+	}
+	return nil, fault.Wrap(fault.Retryable, err, "commit a lease of permits")
 }
 
 // maxName bounds what a request names, in bytes.
@@ -153,5 +180,9 @@ func (a *Alone) Lease(_ context.Context, r *clusterpb.LeaseRequest) (*clusterpb.
 	defer a.mu.Unlock()
 	now := a.clk.Since(a.start)
 	a.granter.Sweep(now)
-	return a.granter.Ask(now, "", r, a.limits(r.GetIssuerId())).Response, nil
+	d := a.granter.Ask(now, "", r, a.limits(r.GetIssuerId()))
+	if d.Grant != nil {
+		a.granter.Committed(now, d.Grant)
+	}
+	return d.Response, nil
 }

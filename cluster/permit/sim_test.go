@@ -2,12 +2,16 @@ package permit
 
 import (
 	"container/heap"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
+	"github.com/certmesh/certmesh/cluster/internal/fsm"
 	clusterpb "github.com/certmesh/certmesh/protocol/cluster/v1"
 )
 
@@ -22,7 +26,8 @@ type world struct {
 	limits  Limits
 	lease   time.Duration
 	nodes   []*simNode
-	ledger  Ledger
+	log     *clusterpb.Snapshot
+	leader  *simNode
 	term    int
 	quorum  bool
 	calm    bool
@@ -37,7 +42,9 @@ type world struct {
 	// long is how many calls take as long as they may; slow, how many messages take long.
 	long, slow float64
 	harsh      bool
-	demands    []int
+	// deaf nodes notice late that they lead, or lead no more, and leadership goes to and fro between two.
+	deaf    bool
+	demands []int
 	// peace is the longest time between two troubles.
 	peace   time.Duration
 	tells   bool
@@ -96,7 +103,9 @@ type simNode struct {
 	wake    time.Duration
 	// leads is its Granter while it believes to lead, in term.
 	leads *Granter
-	term  int
+	// busy: a grant is on its way into the log; requests wait for it.
+	busy  bool
+	queue []func()
 	// demand is how many calls it keeps wanting.
 	demand  int
 	wanting int
@@ -117,14 +126,14 @@ type simCall struct {
 }
 
 func newWorld(seed uint64, m mutation) *world {
-	w := &world{r: rand.New(rand.NewPCG(seed, 7)), break_: m, lease: 10 * time.Second, quorum: true}
+	w := &world{r: rand.New(rand.NewPCG(seed, 7)), break_: m, lease: 10 * time.Second, quorum: true, log: &clusterpb.Snapshot{}}
 	w.long, w.slow = []float64{0.1, 0.5, 0.95}[w.r.IntN(3)], []float64{0.05, 0.5}[w.r.IntN(2)]
 	w.peace = []time.Duration{2 * time.Second, 6 * time.Second, 20 * time.Second}[w.r.IntN(3)]
 	w.limits = Limits{InFlight: 1 + w.r.IntN(10)}
 	if w.r.IntN(2) == 0 {
 		w.limits.Rate = 0.5 + w.r.Float64()*20
 	}
-	w.demands = []int{0, 1, 3, 30}
+	w.demands, w.deaf = []int{0, 1, 3, 30}, w.r.IntN(10) == 0
 	// A third are worlds in which all depends on clocks: they are as wrong as they can be, calls last as long as they may,
 	// answers come late, everybody takes all that can be had, and nodes are cut off for longer than a lease.
 	if w.harsh = w.r.IntN(3) == 0; w.harsh {
@@ -202,7 +211,7 @@ func (n *simNode) boot() {
 	if n.w.break_ == noInstance {
 		n.h.instance = n.name
 	}
-	n.wake, n.leads, n.wanting, n.running, n.pausedUntil, n.granterPause = 0, nil, 0, nil, 0, 0
+	n.wake, n.leads, n.wanting, n.running, n.pausedUntil, n.granterPause, n.busy, n.queue = 0, nil, 0, nil, 0, 0, false, nil
 }
 
 // kill ends the process; the issuer goes on with its calls until they would have ended.
@@ -395,7 +404,14 @@ func (w *world) send(n *simNode, deliver func()) {
 // decide has the node answer a request, as one that believes to lead. paused is until when the request says that the
 // issuer is to be left alone, in true time.
 func (n *simNode) decide(from *simNode, process int, r *clusterpb.LeaseRequest, seq uint64, paused time.Duration) {
-	w, g, term := n.w, n.leads, n.term
+	if n.busy {
+		n.queue = append(n.queue, func() { n.decide(from, process, r, seq, paused) })
+		return
+	}
+	w, g := n.w, n.leads
+	if g == nil {
+		return
+	}
 	d := g.Ask(n.clock(), from.name, r, w.limits)
 	if w.break_ == noMax {
 		for _, h := range g.issuers["iss"].holders {
@@ -407,12 +423,9 @@ func (n *simNode) decide(from *simNode, process int, r *clusterpb.LeaseRequest, 
 		w.fail("%s grants %v before the issuer's pause is over", n.name, n.granterPause-w.now)
 	}
 	if d.Pause != nil {
-		n.propose(term, d.Pause, func(bool) {})
+		n.propose(d.Pause, func(result) {})
 	}
-	answer := func(ok bool) {
-		if !ok {
-			return
-		}
+	answer := func() {
 		w.send(from, func() {
 			if from.process != process {
 				return
@@ -437,54 +450,121 @@ func (n *simNode) decide(from *simNode, process int, r *clusterpb.LeaseRequest, 
 			from.carry(e)
 		})
 	}
-	switch {
-	case d.Grant == nil:
-		answer(true)
-	case w.break_ == noCommit:
-		n.propose(term, d.Grant, func(bool) {})
-		answer(true)
-	default:
-		n.propose(term, d.Grant, answer)
+	if d.Grant == nil {
+		answer()
+		return
 	}
+	if w.break_ == noCommit {
+		answer()
+		g.Committed(n.clock(), d.Grant)
+	}
+	n.busy = true
+	n.propose(d.Grant, func(got result) {
+		switch {
+		case w.break_ == noCommit:
+		case got == committed:
+			g.Committed(n.clock(), d.Grant)
+			answer()
+		case got == overtaken && n.leads == g:
+			n.leads = n.granter()
+		}
+		n.busy = false
+		for len(n.queue) > 0 && !n.busy {
+			next := n.queue[0]
+			n.queue = n.queue[1:]
+			next()
+		}
+	})
 }
 
-// propose commits the command if its proposer leads when a quorum has it, and tells the outcome later.
-func (n *simNode) propose(term int, c *clusterpb.Command, outcome func(ok bool)) {
+// result is what became of a proposal.
+type result int
+
+const (
+	failed result = iota
+	committed
+	overtaken
+)
+
+// propose commits the command if its proposer leads when a quorum has it, in whichever term, and tells the outcome later.
+func (n *simNode) propose(c *clusterpb.Command, outcome func(result)) {
 	w := n.w
 	w.after(w.upTo(100*time.Millisecond), func() {
-		ok := w.quorum && w.term == term && !n.cut
-		if ok {
-			w.ledger.Apply(c)
+		got := failed
+		if w.quorum && w.leader == n && !n.cut {
+			got = w.apply(c)
 		}
-		w.in(n, w.upTo(time.Second), func() { outcome(ok) })
+		if w.chance(0.02) {
+			got = failed // It is decided, and its proposer does not get to know.
+		}
+		w.in(n, w.upTo(time.Second), func() { outcome(got) })
 	})
+}
+
+// apply is the cluster's own state machine.
+func (w *world) apply(c *clusterpb.Command) result {
+	entry, err := proto.Marshal(c)
+	if err != nil {
+		w.fail("%v", err)
+	}
+	next, err := fsm.Apply(w.log, entry)
+	switch {
+	case errors.Is(err, fsm.ErrStale):
+		return overtaken
+	case err != nil:
+		w.fail("the state machine refuses %v: %v", c, err)
+	}
+	w.log = next
+	return committed
+}
+
+func (n *simNode) granter() *Granter {
+	w := n.w
+	g := NewGranter(Term{Now: n.clock(), Lease: w.lease, Leases: w.log.GetLeases(), Pauses: w.log.GetPauses(), LastID: w.log.GetLastLeaseId(), Seed: w.r.Uint64()})
+	if w.break_ == noWait {
+		g.opens = 0
+	}
+	return g
 }
 
 // elect makes a node lead. Who led before hears of it later, if at all.
 func (w *world) elect() {
 	n := w.nodes[w.r.IntN(len(w.nodes))]
+	if w.deaf {
+		n = w.nodes[w.r.IntN(min(len(w.nodes), 2))]
+	}
 	w.term++
 	term := w.term
+	w.leader = n
 	for _, old := range w.nodes {
 		if g := old.leads; g != nil {
-			w.in(old, w.upTo(20*time.Second), func() {
+			w.in(old, w.lag(20*time.Second), func() {
 				if old.leads == g {
 					old.leads = nil
 				}
 			})
 		}
 	}
-	w.in(n, w.upTo(200*time.Millisecond), func() {
+	usual := w.upTo(200 * time.Millisecond)
+	if n.leads != nil {
+		usual = w.lag(usual) // It grants as what it was before.
+	}
+	w.in(n, usual, func() {
 		if w.term != term {
 			return
 		}
 		w.say("%s leads in term %d", n.name, term)
-		n.term, n.granterPause = term, 0
-		n.leads = NewGranter(Term{Now: n.clock(), Lease: w.lease, Leases: w.ledger.Leases(), Pauses: w.ledger.Pauses(), LastID: w.ledger.LastLeaseID(), Seed: w.r.Uint64()})
-		if w.break_ == noWait {
-			n.leads.opens = 0
-		}
+		n.granterPause = 0
+		n.leads = n.granter()
 	})
+}
+
+// lag is how long a node takes to notice that its leadership has begun or ended; what it did before it goes on with.
+func (w *world) lag(usual time.Duration) time.Duration {
+	if !w.calm && w.deaf {
+		return time.Duration(w.r.Int64N(int64(60 * time.Second)))
+	}
+	return w.upTo(usual)
 }
 
 // nemesis does harm, every few seconds.
@@ -506,7 +586,7 @@ func (w *world) nemesis() {
 		w.after(w.upTo(20*time.Second), func() { w.quorum = true })
 	case 2:
 		w.say("Raft is wiped")
-		w.ledger = Ledger{}
+		w.log = &clusterpb.Snapshot{}
 		for _, n := range w.nodes {
 			n.leads = nil
 		}
@@ -516,7 +596,7 @@ func (w *world) nemesis() {
 		w.after(w.upTo(15*time.Second)+w.upTo(10*time.Second), func() { n.cut = false })
 	case 5, 6:
 		n.kill()
-		if n.term == w.term {
+		if w.leader == n {
 			w.elect()
 		}
 	case 7, 8:
@@ -531,7 +611,7 @@ func (w *world) sweep() {
 	for _, n := range w.nodes {
 		if n.leads != nil {
 			for _, c := range n.leads.Sweep(n.clock()) {
-				n.propose(n.term, c, func(bool) {})
+				n.propose(c, func(result) {})
 			}
 		}
 	}
