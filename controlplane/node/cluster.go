@@ -123,6 +123,10 @@ func (n *Node) otherNodes() []string {
 	return others
 }
 
+// alone reports that no other node is known. What is not passed on to one that is about to be known, it finds itself when
+// the first link is opened.
+func (n *Node) alone() bool { return len(n.links.Up()) == 0 }
+
 // triggerLeader asks the node that leads to run a duty.
 func (n *Node) triggerLeader(duty string) {
 	if id, _ := n.raft.Leader(); id != "" && id != n.cfg.Node.ID {

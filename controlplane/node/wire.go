@@ -62,7 +62,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		Mesh: n.mesh, Reload: n.trust.reload, Issue: pipeline, Hub: p.changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
 		IdentityTTL: n.cfg.Mesh.IdentityTTL, VerifyTimeout: n.cfg.Jobs.VerifyTimeout, VerifyInterval: n.cfg.Jobs.VerifyInterval, BeatInterval: n.beatInterval(), MaxBeat: n.maxBeat(),
 		Handshakes: n.cfg.Mesh.Handshakes, Changed: p.nudge.request,
-		Nodes: n.otherNodes, RemoteWake: n.remoteWake, RemoteDisconnect: n.links.Disconnect, RemotePushState: n.links.PushState}); err != nil {
+		Nodes: n.otherNodes, Alone: n.alone, RemoteWake: n.remoteWake, RemoteDisconnect: n.links.Disconnect, RemotePushState: n.links.PushState}); err != nil {
 		return nil, err
 	}
 	if p.duties, err = duty.NewRunner(duty.Config{Node: n.cfg.Node.ID, Elected: true, RemoteTrigger: n.triggerLeader, Store: n.store, Clock: n.clk, Log: n.log, Metrics: metrics,

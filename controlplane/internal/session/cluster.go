@@ -19,6 +19,9 @@ const (
 	recheckInterval = time.Minute
 	// askBatch is how many agents one question to the store is about.
 	askBatch = 500
+	// askPause is the least time between two questions about holders. A wake after a quiet moment does not wait; in a burst one
+	// question is about many.
+	askPause = 5 * time.Millisecond
 	// sweepMost bounds how many agents with open work one Resync wakes; the duty that sweeps finds the others.
 	sweepMost = 1 << 17
 )
@@ -255,8 +258,19 @@ func (a *asker) take() []string {
 }
 
 func (a *asker) run() {
+	clk := a.s.cfg.Clock
 	for batch := a.take(); len(batch) > 0; batch = a.take() {
+		began := clk.Now()
 		a.ask(batch)
+		if len(batch) == askBatch {
+			continue
+		}
+		t := clk.NewTimer(askPause - clk.Since(began))
+		select {
+		case <-t.Chan():
+		case <-a.s.ctx.Done():
+		}
+		t.Stop()
 	}
 }
 

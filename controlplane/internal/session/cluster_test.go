@@ -70,7 +70,9 @@ func (h *host) at(p *plane) *host {
 func TestRemoteWake(t *testing.T) {
 	t.Parallel()
 	woken := make(chan string, 64)
+	var alone atomic.Bool
 	p := newPlane(t, func(c *Config) {
+		c.Alone = alone.Load
 		c.RemoteWake = func(node string, agentIDs []string) {
 			for _, id := range agentIDs {
 				woken <- node + " " + id
@@ -125,6 +127,13 @@ func TestRemoteWake(t *testing.T) {
 	p.srv.Wake("agt_far7")
 	if got := <-woken; got != " agt_far7" {
 		t.Fatalf("woken: %q", got)
+	}
+	// Who is alone asks nobody.
+	alone.Store(true)
+	asked := p.store.count("SessionHolders")
+	p.srv.Wake("agt_far7")
+	if p.store.count("SessionHolders") != asked || len(woken) != 0 {
+		t.Error("asked although there is nobody")
 	}
 }
 

@@ -112,6 +112,9 @@ type Config struct {
 	MaxBeat time.Duration
 	// Nodes are the mesh addresses of the other nodes that take agents; nil on a single node.
 	Nodes func() []string
+	// Alone reports that there is no other node now that could hold an agent, so that nobody's holder need be read; nil:
+	// there may be. It is called for each Wake.
+	Alone func() bool
 	// RemoteWake tells another node that agents it holds have work; an empty node stands for all others, because it is not
 	// known which holds them. RemoteDisconnect and RemotePushState pass Disconnect and PushState on to all others. None of
 	// the three may block; all are nil on a single node. What others tell this node goes to WakeHeld, DisconnectHeld and
@@ -313,7 +316,7 @@ func (s *Server) of(agentID string) []*stream {
 // woken at once, but it may have been superseded: in a cluster the holder is read and woken, too.
 func (s *Server) Wake(agentID string) {
 	s.WakeLocal([]string{agentID})
-	if s.cfg.RemoteWake != nil {
+	if s.cfg.RemoteWake != nil && (s.cfg.Alone == nil || !s.cfg.Alone()) {
 		s.holders.add(agentID)
 	}
 }
