@@ -51,6 +51,10 @@ bin/certmesh: FORCE
 demo: ## Issue, deploy, verify and renew a certificate on this machine; KEEP=1 leaves it running
 	KEEP=$(KEEP) go run ./e2e/cmd/demo
 
+.PHONY: demo-cluster
+demo-cluster: ## Three nodes on one PostgreSQL; the leader is killed in the middle of 200 renewals
+	go run ./e2e/cmd/demo -cluster
+
 .PHONY: test
 test: test-deps $(BUF) ## Run everything with the race detector; installs what is missing
 	@mkdir -p bin/test

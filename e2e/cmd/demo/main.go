@@ -3,7 +3,8 @@
 // a temporary directory and on free loopback ports, and is gone when it ends.
 //
 // KEEP=1 in the environment leaves it running until Ctrl-C and says how to look around. -bin DIR shows the binaries in
-// DIR instead of building them.
+// DIR instead of building them. -cluster shows three nodes on one PostgreSQL instead, of which the leader dies in the middle
+// of 200 renewals.
 package main
 
 import (
@@ -23,17 +24,18 @@ import (
 
 func main() {
 	bin := flag.String("bin", "", "show the binaries in this directory instead of building them")
+	cluster := flag.Bool("cluster", false, "show three nodes of which the leader dies in the middle of 200 renewals")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	keep := os.Getenv("KEEP")
-	os.Exit(run(ctx, newPage(os.Stdout), *bin, keep != "" && keep != "0"))
+	os.Exit(run(ctx, newPage(os.Stdout), *bin, *cluster, keep != "" && keep != "0"))
 }
 
 // patience is for all steps together; they take some seconds.
 const patience = 2 * time.Minute
 
-func run(ctx context.Context, out *page, bin string, keep bool) int {
+func run(ctx context.Context, out *page, bin string, cluster, keep bool) int {
 	dir, err := os.MkdirTemp("", "certmesh-demo")
 	if err != nil {
 		out.fail("prepare", err, "")
@@ -52,12 +54,18 @@ func run(ctx context.Context, out *page, bin string, keep bool) int {
 	}
 	d := &demo{out: out, dir: dir, bin: bin}
 	defer d.close()
-	out.title("certmesh: a certificate from order to renewal, on this machine")
+	play := d.play
+	if cluster {
+		out.title("certmesh: three nodes, and the leader dies, on this machine")
+		play, keep = d.playCluster, false
+	} else {
+		out.title("certmesh: a certificate from order to renewal, on this machine")
+	}
 	if d.bin == "" {
 		err = d.build(ctx)
 	}
 	if err == nil {
-		err = d.play(ctx)
+		err = play(ctx)
 	}
 	var failed *stepError
 	switch {
@@ -96,6 +104,7 @@ type demo struct {
 	dir, bin string
 
 	estate        *estate.Estate
+	cluster       *estate.Cluster // nil: one node
 	server, agent *estate.Process
 	site          *estate.Site
 	host          estate.Agent
@@ -117,7 +126,13 @@ func (d *demo) close() {
 // logs is what the processes said last.
 func (d *demo) logs() string {
 	var text strings.Builder
-	for _, p := range []*estate.Process{d.server, d.agent} {
+	all := []*estate.Process{d.server, d.agent}
+	if d.cluster != nil {
+		for _, m := range d.cluster.Nodes {
+			all = append(all, m.Process)
+		}
+	}
+	for _, p := range all {
 		if p != nil {
 			fmt.Fprintf(&text, "the end of %s's log:\n%s\n", p.Name, p.Tail(15))
 		}
