@@ -73,21 +73,29 @@ func console() domain.Op {
 
 // alone opens the store while nobody else has it, and keeps nodes of this data directory away meanwhile.
 func alone(ctx context.Context, c *Configuration, fn func(*store.Store) error) error {
-	cfg := &c.loaded.Config
-	if _, err := os.Stat(cfg.Node.DataDir); err == nil {
-		lock, err := lockDir(cfg.Node.DataDir)
+	return locked(c, func() error {
+		cfg := &c.loaded.Config
+		dsn, err := store.Alone(ctx, cfg.Store.DSN)
 		if err != nil {
 			return err
 		}
-		defer func() { _ = lock.Close() }() // nothing was written to it
+		s, err := store.Open(ctx, store.Config{DSN: dsn, NodeID: cfg.Node.ID, MaxReaders: 1, Now: time.Now, NewID: id.New, Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			return err
+		}
+		return errors.Join(fn(s), s.Close())
+	})
+}
+
+// locked runs fn while no node of this data directory can start; where there is none, none will.
+func locked(c *Configuration, fn func() error) error {
+	dir := c.loaded.Config.Node.DataDir
+	if _, err := os.Stat(dir); err != nil {
+		return fn()
 	}
-	dsn, err := store.Alone(ctx, cfg.Store.DSN)
+	lock, err := lockDir(dir)
 	if err != nil {
 		return err
 	}
-	s, err := store.Open(ctx, store.Config{DSN: dsn, NodeID: cfg.Node.ID, MaxReaders: 1, Now: time.Now, NewID: id.New, Log: slog.New(slog.DiscardHandler)})
-	if err != nil {
-		return err
-	}
-	return errors.Join(fn(s), s.Close())
+	return errors.Join(fn(), lock.Close())
 }

@@ -208,7 +208,7 @@ func (s *Store) SchemaVersion(ctx context.Context) (has, wants int64, err error)
 }
 
 // CheckSchema refuses a database that is behind this binary or more than one version ahead of it: one ahead is what a
-// node meets while others are rolled forward.
+// node meets while others are rolled forward. One that is being filled by a copy is refused as well.
 func (s *Store) CheckSchema(ctx context.Context) error {
 	has, wants, err := s.SchemaVersion(ctx)
 	switch {
@@ -219,7 +219,11 @@ func (s *Store) CheckSchema(ctx context.Context) error {
 	case has > wants+1:
 		return fault.New(fault.Invalid, "the database has schema version %d and this program knows %d; run a newer certmeshd", has, wants)
 	}
-	return nil
+	half, err := s.copying(ctx)
+	if half {
+		return fault.New(fault.Invalid, "the database is being filled by certmeshd store copy and is not complete; let that come to its end")
+	}
+	return err
 }
 
 // statements splits a migration at the semicolons that end lines. Migrations hold plain DDL: no bodies, no semicolons in
