@@ -149,7 +149,7 @@ func (n *Node) start(ctx context.Context) error {
 	background, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	n.background = cancel
 	n.done.Go(func() { n.trust.keep(background) })
-	n.done.Go(func() { n.trust.watch(background, n.parts.sessions.TrustChanged) })
+	n.done.Go(func() { n.trust.watch(background, n.trustChanged) })
 	n.done.Go(func() { n.parts.nudge.run(background) })
 	n.done.Go(func() { n.followMembers(background) })
 	n.done.Go(func() { n.shareChanges(background, n.parts.changes) })

@@ -218,6 +218,16 @@ func (t *trust) follow(ctx context.Context, told *int64, tell func(context.Conte
 	return nil
 }
 
+// trustChanged tells those who kept something of the former trust.
+func (n *Node) trustChanged(ctx context.Context) error {
+	if n.opts.Mode == Dev {
+		if _, err := n.writeClientProfile(ctx); err != nil {
+			return err
+		}
+	}
+	return n.parts.sessions.TrustChanged(ctx)
+}
+
 // keep renews the identity at half of its validity until ctx ends.
 func (t *trust) keep(ctx context.Context) {
 	for {

@@ -122,7 +122,11 @@ func (a *App) recognise(ctx context.Context, address, fingerprint, caFile string
 	if err != nil {
 		return "", err
 	}
-	return client.EncodeCA(ca), nil
+	text := client.EncodeCA(ca)
+	for _, next := range client.Successors(chain, ca, a.now()) {
+		text += client.EncodeCA(next)
+	}
+	return text, nil
 }
 
 // maxKeyLine bounds what is read as a key.

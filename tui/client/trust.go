@@ -1,6 +1,7 @@
 package client
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -159,9 +160,15 @@ func Presented(ctx context.Context, address string) ([]*x509.Certificate, error)
 	return chain, nil
 }
 
-// Pin checks a presented chain against the fingerprint of the CA at its end, and returns that CA.
+// Pin checks a presented chain against the fingerprint of a CA in it, and returns that CA. It is the one at the end, or,
+// while a server's CA is being changed, the former one before it.
 func Pin(address string, chain []*x509.Certificate, fingerprint string, now time.Time) (*x509.Certificate, error) {
 	root := chain[len(chain)-1]
+	for _, c := range chain[1:] {
+		if Fingerprint(c) == fingerprint {
+			root = c
+		}
+	}
 	if got := Fingerprint(root); got != fingerprint {
 		return nil, &distrust{
 			fmt.Sprintf("the server at %s presents the CA %s, not %s", address, got, fingerprint),
@@ -172,4 +179,25 @@ func Pin(address string, chain []*x509.Certificate, fingerprint string, now time
 		return nil, &distrust{"what the server at " + address + " presents under this fingerprint is no CA", "check the address"}
 	}
 	return root, verify(address, chain, []*x509.Certificate{root}, now)
+}
+
+// Successors are the roots in a presented chain whose subject and key root has signed, so that who trusts root may trust
+// them: the CA that a server is being changed to.
+func Successors(chain []*x509.Certificate, root *x509.Certificate, now time.Time) []*x509.Certificate {
+	signed := func(next *x509.Certificate) bool {
+		for _, c := range chain {
+			if c.IsCA && bytes.Equal(c.RawSubject, next.RawSubject) && bytes.Equal(c.RawSubjectPublicKeyInfo, next.RawSubjectPublicKeyInfo) &&
+				!now.Before(c.NotBefore) && now.Before(c.NotAfter) && c.CheckSignatureFrom(root) == nil {
+				return true
+			}
+		}
+		return false
+	}
+	var out []*x509.Certificate
+	for _, c := range chain {
+		if c.IsCA && !c.Equal(root) && c.CheckSignatureFrom(c) == nil && signed(c) {
+			out = append(out, c)
+		}
+	}
+	return out
 }

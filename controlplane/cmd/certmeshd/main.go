@@ -74,7 +74,7 @@ func (c *command) root() *cobra.Command {
 	})
 	root.PersistentFlags().StringVar(&c.file, "config", "", "configuration file (YAML); every setting: certmeshd config")
 	root.PersistentFlags().StringArrayVar(&c.set, "set", nil, "one setting as key=value, e.g. --set listen.grpc=127.0.0.1:8442")
-	root.AddCommand(c.serve(), c.dev(), c.cluster(), c.migrate(), c.config(), c.apikey(), c.store(), c.recover(), &cobra.Command{
+	root.AddCommand(c.serve(), c.dev(), c.cluster(), c.migrate(), c.config(), c.apikey(), c.mesh(), c.store(), c.recover(), &cobra.Command{
 		Use: "version", Short: "Print the version", Args: noArgs,
 		Run: func(*cobra.Command, []string) { fmt.Fprintln(c.stdout, version) },
 	})

@@ -57,6 +57,14 @@ func vouch(present *Authority, next *x509.Certificate, p Params) (*x509.Certific
 	return certify(t, pub, &authority{certificate: present.Certificate(), key: present.key, scheme: present.scheme})
 }
 
+// GenerationOf is that of the mesh CA which signed a verified identity: this one or, while there are two, the one before.
+func (a *Authority) GenerationOf(identity *x509.Certificate) int64 {
+	if string(identity.AuthorityKeyId) == string(a.Certificate().SubjectKeyId) {
+		return a.generation
+	}
+	return max(a.generation-1, 1)
+}
+
 // SameCA says whether a is open with exactly this material.
 func (a *Authority) SameCA(c domain.CA) bool {
 	same := func(have []*x509.Certificate, want [][]byte) bool {

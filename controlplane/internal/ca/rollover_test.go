@@ -83,6 +83,9 @@ func TestSuccessorIsAcceptedUnderEitherRoot(t *testing.T) {
 	if err := accepts(shown(t, first), epoch, second.Root()); err == nil {
 		t.Error("the former CA's identity is accepted under the present root")
 	}
+	if second.GenerationOf(chain[0]) != 2 || second.GenerationOf(shown(t, first)[0]) != 1 || first.GenerationOf(chain[0]) != 1 {
+		t.Error("an identity is of another generation")
+	}
 	if len(chain) != 4 || chain[1].NotAfter.After(first.NotAfter()) || chain[1].MaxPathLen != 0 || !chain[1].MaxPathLenZero {
 		t.Errorf("what vouches: %d certificates, path length %d, until %s", len(chain), chain[1].MaxPathLen, chain[1].NotAfter)
 	}

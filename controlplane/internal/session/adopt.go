@@ -115,7 +115,8 @@ func (s *Server) readmit(ctx context.Context, who caller) bool {
 	}
 	op := domain.Op{Actor: who.actor(), RequestID: who.requestID, RemoteAddr: who.remote, At: s.now()}
 	err = s.cfg.Store.RecordIdentity(ctx, domain.Identity{Serial: who.serial, AgentID: who.agentID,
-		SPKI: domain.HashHex(cert.RawSubjectPublicKeyInfo), NotBefore: cert.NotBefore.UTC(), NotAfter: cert.NotAfter.UTC(), FirstUsedAt: op.At}, op)
+		SPKI: domain.HashHex(cert.RawSubjectPublicKeyInfo), NotBefore: cert.NotBefore.UTC(), NotAfter: cert.NotAfter.UTC(), FirstUsedAt: op.At,
+		Generation: s.cfg.Mesh().GenerationOf(cert)}, op)
 	if err == nil {
 		err = s.audit(ctx, who, "identity.readmitted", "agent/"+who.agentID, "ok", map[string]string{"serial": who.serial,
 			"recovered_at": strconv.FormatInt(at.UnixMicro(), 10)})

@@ -85,8 +85,11 @@ func (s *Store) RecordIdentity(ctx context.Context, i domain.Identity, op domain
 		if a.State == domain.AgentRetired {
 			return fault.New(fault.Forbidden, "agent %q is retired; it gets no identity", a.Name)
 		}
-		if err := t.checkGeneration(i.Generation); err != nil {
-			return err
+		// One that has been used was signed long ago.
+		if i.FirstUsedAt.IsZero() {
+			if err := t.checkGeneration(i.Generation); err != nil {
+				return err
+			}
 		}
 		n, err := t.exec(`INSERT INTO agent_identity (serial, agent_id, spki, not_before, not_after, revoked_at, first_used_at, created_at, generation)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (serial) DO NOTHING`, i.Serial, a.ID, i.SPKI, micro(i.NotBefore),
