@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -58,6 +59,10 @@ func (n *Node) joinCluster(ctx context.Context, l net.Listener, metrics promethe
 	if err != nil {
 		return fmt.Errorf("start Raft: %w", err)
 	}
+	if n.granter, err = n.newGranter(); err != nil {
+		return err
+	}
+	close(n.joined)
 	n.links.Serve(members{n})
 	return nil
 }
@@ -81,11 +86,20 @@ func RecoverRaft(c *Configuration) (string, error) {
 
 // lead is called when this node leads the cluster; what it begins ends with ctx.
 func (n *Node) lead(ctx context.Context, term cluster.Term) error {
+	// Raft may have found out that this node leads before joinCluster knows Raft.
+	select {
+	case <-n.joined:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 	n.log.Info("this node leads", "term", term.Number)
+	var granting sync.WaitGroup
+	granting.Go(func() { n.granter.Lead(ctx) })
 	// Duties that cannot be taken now are tried again for as long as this node leads: the database may be away.
 	if err := n.parts.duties.Lead(ctx); err != nil && ctx.Err() == nil {
 		n.log.Warn("not all duties could be taken yet", "error", err)
 	}
+	granting.Wait()
 	return nil
 }
 
@@ -113,10 +127,18 @@ func (n *Node) followMembers(ctx context.Context) {
 }
 
 // otherNodes are the mesh addresses where agents may go instead.
-func (n *Node) otherNodes() []string {
+func (n *Node) otherNodes() []string { return n.addressesOf(func(string) bool { return true }) }
+
+// livingNodes are those of them that this node has a link to.
+func (n *Node) livingNodes() []string {
+	up := n.links.Up()
+	return n.addressesOf(func(id string) bool { return up[id] })
+}
+
+func (n *Node) addressesOf(wanted func(id string) bool) []string {
 	var others []string
 	for _, m := range n.raft.Members() {
-		if m.GetId() != n.cfg.Node.ID && !m.GetDraining() && m.GetMeshAddress() != "" {
+		if m.GetId() != n.cfg.Node.ID && !m.GetDraining() && m.GetMeshAddress() != "" && wanted(m.GetId()) {
 			others = append(others, m.GetMeshAddress())
 		}
 	}
@@ -231,7 +253,7 @@ func (m members) Remove(ctx context.Context, nodeID string) error {
 
 // Lease implements link.Members.
 func (m members) Lease(ctx context.Context, callerID string, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error) {
-	return nil, fault.New(fault.Unsupported, "no permits")
+	return m.n.granter.Lease(ctx, callerID, r)
 }
 
 // admit refuses what the store does not know as a node in service.

@@ -23,6 +23,7 @@ import (
 
 	"github.com/certmesh/certmesh/cluster"
 	"github.com/certmesh/certmesh/cluster/link"
+	"github.com/certmesh/certmesh/cluster/permit"
 	"github.com/certmesh/certmesh/connectors/catalog/onhost"
 	"github.com/certmesh/certmesh/connectors/target"
 	"github.com/certmesh/certmesh/controlplane/internal/config"
@@ -62,6 +63,8 @@ type Node struct {
 	trust    *trust
 	links    *link.Mesh
 	raft     *cluster.Node
+	granter  *permit.Leader
+	joined   chan struct{} // closed when raft and granter are there
 	parts    *parts
 	draining atomic.Bool
 	failed   chan error
@@ -87,7 +90,7 @@ func Start(ctx context.Context, o Options) (*Node, error) {
 	if o.targets == nil {
 		o.targets = onhost.Targets()
 	}
-	n := &Node{cfg: &o.Configuration.loaded.Config, opts: o, log: o.Log, clk: o.Clock, failed: make(chan error, 1)}
+	n := &Node{cfg: &o.Configuration.loaded.Config, opts: o, log: o.Log, clk: o.Clock, failed: make(chan error, 1), joined: make(chan struct{})}
 	if err := n.start(ctx); err != nil {
 		stopCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
@@ -205,6 +208,7 @@ func (n *Node) Stop(ctx context.Context) error {
 				errs = append(errs, fmt.Errorf("end the agents' streams: %w", err))
 			}
 			n.parts.api.Drain()
+			n.parts.permits.Close()
 		}
 		if n.raft != nil {
 			if err := n.raft.Stop(ctx); err != nil {

@@ -15,9 +15,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
+	"github.com/certmesh/certmesh/cluster/permit"
 	"github.com/certmesh/certmesh/connectors/target"
 	"github.com/certmesh/certmesh/controlplane/internal/api"
-	"github.com/certmesh/certmesh/controlplane/internal/dispatch"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/duty"
 	"github.com/certmesh/certmesh/controlplane/internal/gateway/crl"
@@ -37,6 +37,7 @@ type parts struct {
 	duties   *duty.Runner
 	nudge    *nudge
 	changes  *hub.Hub
+	permits  *permit.Permits
 	crls     *crl.Server
 }
 
@@ -44,10 +45,11 @@ type parts struct {
 func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts, error) {
 	p := &parts{changes: hub.New()}
 	authorities := &authorities{store: n.store, ring: ring}
-	permits := dispatch.NewPermits(n.cfg.Jobs.RenewalConcurrency)
-	if err := metrics.Register(permits); err != nil {
+	permits, err := n.newPermits(metrics)
+	if err != nil {
 		return nil, err
 	}
+	p.permits = permits
 	pipeline, err := issue.New(issue.Config{Store: n.store, Authority: authorities.issuer, Permits: permits, Clock: n.clk,
 		NewID: id.New, Log: n.log, Metrics: metrics})
 	if err != nil {
@@ -62,7 +64,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		Mesh: n.mesh, Reload: n.trust.reload, Issue: pipeline, Hub: p.changes, Clock: n.clk, Log: n.log, Metrics: metrics, NewID: id.New,
 		IdentityTTL: n.cfg.Mesh.IdentityTTL, VerifyTimeout: n.cfg.Jobs.VerifyTimeout, VerifyInterval: n.cfg.Jobs.VerifyInterval, BeatInterval: n.beatInterval(), MaxBeat: n.maxBeat(),
 		Handshakes: n.cfg.Mesh.Handshakes, Changed: p.nudge.request,
-		Nodes: n.otherNodes, Alone: n.alone, RemoteWake: n.remoteWake, RemoteDisconnect: n.links.Disconnect, RemotePushState: n.links.PushState}); err != nil {
+		Nodes: n.otherNodes, Reachable: n.livingNodes, Alone: n.alone, RemoteWake: n.remoteWake, RemoteDisconnect: n.links.Disconnect, RemotePushState: n.links.PushState}); err != nil {
 		return nil, err
 	}
 	if p.duties, err = duty.NewRunner(duty.Config{Node: n.cfg.Node.ID, Elected: true, RemoteTrigger: n.triggerLeader, Store: n.store, Clock: n.clk, Log: n.log, Metrics: metrics,
