@@ -8,8 +8,19 @@ import (
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
+// Permits cap the calls in flight toward an issuer; *permit.Permits do.
+type Permits interface {
+	// Do waits for a permit, runs fn under it and returns fn's error. Retryable, without calling fn, when ctx ends first.
+	Do(ctx context.Context, issuerID string, fn func(ctx context.Context) error) error
+}
+
 // Central runs work that no agent owns, under the permits of its issuers.
-type Central struct{ Permits *Permits }
+type Central struct {
+	Permits Permits
+	// Workers bounds the jobs toward one issuer that wait for permits or are under way at once; 0 or less counts as 1. More
+	// than the issuer's cap are of no use.
+	Workers int
+}
 
 // CentralJob is a job with the issuer that it calls.
 type CentralJob struct {
@@ -65,8 +76,8 @@ func (c Central) Run(ctx context.Context, jobs []CentralJob, do func(ctx context
 			queue = queue[1:]
 			return i, true
 		}
-		// No more workers than permits: a waiting goroutine per job would be one per certificate of the estate.
-		for range min(c.Permits.Cap(), len(queue)) {
+		// A waiting goroutine per job would be one per certificate of the estate.
+		for range min(max(c.Workers, 1), len(queue)) {
 			wg.Go(func() {
 				for i, ok := next(); ok; i, ok = next() {
 					errs[i] = c.Permits.Do(ctx, issuer, func(ctx context.Context) error {

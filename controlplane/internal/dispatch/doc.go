@@ -18,5 +18,5 @@
 //     take now is kept and tried again.
 //   - The store is the judge: a Conflict drops what was believed, and the truth is loaded anew.
 //
-// Work without an agent is run by Central, and calls toward an external issuer are capped by Permits.
+// Work without an agent is run by Central, under the permits of its issuers.
 package dispatch

@@ -117,6 +117,9 @@ type State struct {
 	loading   bool
 	loadAt    time.Time
 	loadTries int
+	// woken: jobs may have changed since the last Load, which began at loadedAt.
+	woken    bool
+	loadedAt time.Time
 	// verify: the next Load is to look whether the session is still this node's.
 	verify bool
 	// ended are jobs that ended while a Load was out, whose answer may be older than that.
@@ -317,7 +320,7 @@ func Step(s State, e Event) (State, []Effect) {
 		}
 	case Woken:
 		m.clock(e.At)
-		m.reload(m.at)
+		m.woken = true
 	case Reported:
 		m.clock(e.At)
 		m.reported(e.Report)
@@ -416,8 +419,16 @@ func (m *machine) pump() {
 		return
 	}
 	m.resume()
+	if m.woken && !m.loading {
+		// With plenty in hand nothing gains by being read at once, and each Load reads all of it again.
+		at := m.at
+		if later := m.loadedAt.Add(loadPause); m.at.Before(later) && m.inHand() >= plenty {
+			at = later
+		}
+		m.reload(at)
+	}
 	if !m.loading && !m.loadAt.IsZero() && !m.at.Before(m.loadAt) {
-		m.loading, m.loadAt = true, time.Time{}
+		m.loading, m.loadAt, m.woken, m.loadedAt = true, time.Time{}, false, m.at
 		m.loads++
 		m.do(Load{Verify: m.verify})
 		m.verify = false
@@ -462,6 +473,24 @@ func (m *machine) pump() {
 		m.wait = next
 		m.do(Wait{Until: next})
 	}
+}
+
+const (
+	// plenty is how many jobs that wait for credit are enough to go on with for loadPause, after which the work is loaded again;
+	// it bounds what a job of another owner waits for being seen.
+	plenty    = 64
+	loadPause = 250 * time.Millisecond
+)
+
+// inHand is how many jobs wait for nothing but credit.
+func (m *machine) inHand() int {
+	n := 0
+	for _, it := range m.items {
+		if it.phase == waiting && !m.at.Before(it.work.Job.RunAt) && !m.at.Before(it.notBefore) {
+			n++
+		}
+	}
+	return n
 }
 
 // maxServed bounds what is remembered of turns. Forgetting them costs an owner one turn.
