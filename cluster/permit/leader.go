@@ -158,31 +158,3 @@ func (l *Leader) Lease(ctx context.Context, nodeID string, r *clusterpb.LeaseReq
 
 // maxName bounds what a request names, in bytes.
 const maxName = 256
-
-// Alone is a Leaser for a process that shares its issuers with no other: it leads, and keeps no log. It grants at once,
-// because what a process before it had in flight ended with it.
-type Alone struct {
-	start   time.Time
-	clk     clockwork.Clock
-	limits  func(issuerID string) Limits
-	mu      sync.Mutex
-	granter *Granter
-}
-
-// NewAlone leases for as long as a DefaultLease.
-func NewAlone(clk clockwork.Clock, limits func(issuerID string) Limits) *Alone {
-	return &Alone{start: clk.Now(), clk: clk, limits: limits, granter: NewGranter(Term{Now: -DefaultLease, Lease: DefaultLease})}
-}
-
-// Lease implements Leaser.
-func (a *Alone) Lease(_ context.Context, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	now := a.clk.Since(a.start)
-	a.granter.Sweep(now)
-	d := a.granter.Ask(now, "", r, a.limits(r.GetIssuerId()))
-	if d.Grant != nil {
-		a.granter.Committed(now, d.Grant)
-	}
-	return d.Response, nil
-}

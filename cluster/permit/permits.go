@@ -16,9 +16,8 @@ import (
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
-// Leaser asks who leads for permits on behalf of this node; *Alone and a Leader on the node that leads are close to it. An
-// error says that no answer came, whatever the reason; the request may have been carried out nevertheless. It must
-// return when ctx ends.
+// Leaser asks who leads for permits on behalf of this node; on the node that leads that is its Leader. An error says that no
+// answer came, whatever the reason; the request may have been carried out nevertheless. It must return when ctx ends.
 type Leaser interface {
 	Lease(ctx context.Context, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error)
 }

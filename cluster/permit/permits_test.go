@@ -32,13 +32,13 @@ func newPermits(tb testing.TB, leaser Leaser) *Permits {
 	return p
 }
 
-func alone(tb testing.TB, n int) *Permits {
+func ownPermits(tb testing.TB, n int) *Permits {
 	tb.Helper()
-	return newPermits(tb, NewAlone(clockwork.NewRealClock(), limited(n)))
+	return newPermits(tb, newAlone(clockwork.NewRealClock(), limited(n)))
 }
 
 func BenchmarkPermitDo(b *testing.B) {
-	p := alone(b, 25)
+	p := ownPermits(b, 25)
 	ctx, cancel := context.WithTimeout(b.Context(), time.Hour)
 	defer cancel()
 	b.ReportAllocs()
@@ -63,7 +63,7 @@ func TestInFlightReachesTheCapAndNotMore(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{1, 3, 25} {
 		synctest.Test(t, func(t *testing.T) {
-			p := alone(t, n)
+			p := ownPermits(t, n)
 			var now, most [2]atomic.Int64
 			var wg sync.WaitGroup
 			for i := range 120 {
@@ -93,7 +93,7 @@ func TestInFlightReachesTheCapAndNotMore(t *testing.T) {
 // TestFailuresAndPanicsAreCounted: they hold no permit and are counted.
 func TestFailuresAndPanicsAreCounted(t *testing.T) {
 	t.Parallel()
-	p := alone(t, 1)
+	p := ownPermits(t, 1)
 	boom := errors.New("the CA says no")
 	for i := range 9 {
 		err := p.Do(t.Context(), "iss_1", func(context.Context) error {
@@ -125,7 +125,7 @@ func TestFailuresAndPanicsAreCounted(t *testing.T) {
 
 func TestDoDoesNotBeginAfterTheEnd(t *testing.T) {
 	t.Parallel()
-	p := alone(t, 1)
+	p := ownPermits(t, 1)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	err := p.Do(ctx, "iss_1", func(context.Context) error { t.Error("it was called"); return nil })
@@ -141,7 +141,7 @@ func TestDoDoesNotBeginAfterTheEnd(t *testing.T) {
 func TestWaitingEndsWithTheContext(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		p := alone(t, 1)
+		p := ownPermits(t, 1)
 		ctx, cancel := context.WithCancel(t.Context())
 		release := make(chan struct{})
 		var wg sync.WaitGroup
@@ -174,7 +174,7 @@ func TestWaitingEndsWithTheContext(t *testing.T) {
 func TestACallIsCutAtItsDeadline(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		p := alone(t, 1)
+		p := ownPermits(t, 1)
 		for wait, want := range map[time.Duration]time.Duration{time.Second: time.Second, time.Hour: MaxCall(DefaultLease)} {
 			ctx, cancel := context.WithTimeout(t.Context(), wait)
 			var began time.Time
@@ -192,7 +192,7 @@ func TestACallIsCutAtItsDeadline(t *testing.T) {
 func TestALeaseLapsesWithoutALeader(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		leader, away := NewAlone(clockwork.NewRealClock(), limited(2)), atomic.Bool{}
+		leader, away := newAlone(clockwork.NewRealClock(), limited(2)), atomic.Bool{}
 		p := newPermits(t, leaserFunc(func(ctx context.Context, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error) {
 			if away.Load() {
 				<-ctx.Done()
@@ -228,7 +228,7 @@ func TestALeaseLapsesWithoutALeader(t *testing.T) {
 func TestAPauseIsKeptByAll(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		leader := NewAlone(clockwork.NewRealClock(), limited(4))
+		leader := newAlone(clockwork.NewRealClock(), limited(4))
 		one := newPermits(t, leader)
 		two, err := New(t.Context(), Config{Leaser: leader, Instance: "2", Clock: clockwork.NewRealClock(), Log: slog.New(slog.DiscardHandler)})
 		if err != nil {
@@ -275,7 +275,7 @@ func TestAPauseIsKeptByAll(t *testing.T) {
 func TestIdleCostsNothing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		leader, asked := NewAlone(clockwork.NewRealClock(), limited(4)), atomic.Int64{}
+		leader, asked := newAlone(clockwork.NewRealClock(), limited(4)), atomic.Int64{}
 		p := newPermits(t, leaserFunc(func(ctx context.Context, r *clusterpb.LeaseRequest) (*clusterpb.LeaseResponse, error) {
 			asked.Add(1)
 			return leader.Lease(ctx, r)
@@ -302,7 +302,7 @@ func TestIdleCostsNothing(t *testing.T) {
 func TestCloseRefuses(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		p := alone(t, 1)
+		p := ownPermits(t, 1)
 		release := make(chan struct{})
 		var wg sync.WaitGroup
 		wg.Go(func() {

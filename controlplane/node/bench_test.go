@@ -20,7 +20,6 @@ import (
 	"github.com/jonboulle/clockwork"
 
 	"github.com/certmesh/certmesh/controlplane/internal/api"
-	"github.com/certmesh/certmesh/controlplane/internal/dispatch"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/controlplane/internal/issue"
@@ -107,7 +106,7 @@ func prepareIssue(b *testing.B, s *store.Store, n int) (*issue.Pipeline, []domai
 	must(err)
 	must(s.CreateIssuer(ctx, issuer, material, keys, op))
 	authorities := &authorities{store: s, ring: ring}
-	p, err := issue.New(issue.Config{Store: s, Authority: authorities.issuer, Permits: dispatch.NewPermits(25), Clock: clk, NewID: id.New, Log: quiet()})
+	p, err := issue.New(issue.Config{Store: s, Authority: authorities.issuer, Clock: clk, NewID: id.New, Log: quiet()})
 	must(err)
 
 	token := domain.JoinToken{ID: id.New(id.Token), Hash: make([]byte, 32), MaxUses: 1, ExpiresAt: now.Add(time.Hour), CreatedAt: now}
