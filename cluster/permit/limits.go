@@ -20,7 +20,7 @@ func (l Limits) inFlight() int { return max(l.InFlight, 1) }
 const DefaultLease = 10 * time.Second
 
 // Clocks tell durations wrongly, and two of them differently. All bounds hold as long as no clock runs more than 10 %
-// fast or slow (real ones are a hundred times better than a thousandth of that):
+// fast or slow; real ones are wrong by some millionths, and what is left of the margin is for messages and scheduling:
 //
 //   - A holder uses 4/5 of its lease. If its clock is slow by a tenth and the leader's fast by a tenth, 4/5 of a lease on the
 //     one are 0.98 of it on the other.
