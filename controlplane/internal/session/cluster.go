@@ -3,6 +3,7 @@ package session
 import (
 	"context"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -26,7 +27,12 @@ const (
 	sweepMost = 1 << 17
 )
 
-// others are the nodes that agents may be sent to, in random order, so that they spread.
+// alone reports that no other node can hold an agent.
+func (s *Server) alone() bool {
+	return s.cfg.RemoteWake == nil || s.cfg.Alone != nil && s.cfg.Alone()
+}
+
+// others are the nodes that agents may connect to, in random order, so that they spread.
 func (s *Server) others() []string {
 	if s.cfg.Nodes == nil {
 		return nil
@@ -50,10 +56,16 @@ func (s *Server) WakeLocal(agentIDs []string) {
 	}
 }
 
+// quarantined begins the reason of a Disconnect that is not for good.
+const quarantined = "the agent is quarantined"
+
 // DisconnectHeld is Disconnect for this node alone, because another node asked for it.
 func (s *Server) DisconnectHeld(agentID, reason string) {
 	end := endRetired(clean(reason, maxFailure))
-	if revoked(reason) {
+	switch {
+	case strings.HasPrefix(reason, quarantined):
+		end = endQuarantined(clean(reason, maxFailure))
+	case revoked(reason):
 		end = endRevoked(clean(reason, maxFailure))
 	}
 	for _, st := range s.of(agentID) {
@@ -178,7 +190,7 @@ func (s *Server) recheck(ctx context.Context) error {
 			case x.State == domain.AgentRetired:
 				st.end(endRetired("the agent was retired" + because(x.Reason)))
 			case x.State == domain.AgentQuarantined:
-				st.end(endQuarantined("the agent is quarantined" + because(x.Reason)))
+				st.end(endQuarantined(quarantined + because(x.Reason)))
 			case x.Revoked:
 				st.end(endRevoked("the identity was revoked; join again with a new token"))
 			case x.Session.Epoch > st.epochNow():

@@ -137,7 +137,11 @@ func (s *Server) gone(ctx context.Context, emptied <-chan struct{}) error {
 // issued or recorded is finished and told, and every agent that is left gets Goodbye. It closes the sessions, writes the
 // last beats and returns nil, or Retryable if ctx ended before. Twice is fine.
 func (s *Server) Stop(ctx context.Context) error {
-	if nodes := s.others(); len(nodes) > 0 && !s.isStopping() {
+	var nodes []string
+	if s.cfg.Reachable != nil {
+		nodes = s.cfg.Reachable()
+	}
+	if len(nodes) > 0 && !s.isStopping() {
 		budget := drainMost + linger
 		if end, ok := ctx.Deadline(); ok {
 			budget = min(budget, time.Duration(stopShare*float64(s.cfg.Clock.Until(end))))

@@ -127,7 +127,7 @@ func TestDrainFinishesWhatIsSigned(t *testing.T) {
 // TestStopDrainsFirst: who goes is moved, who stays is told Goodbye within the time there is.
 func TestStopDrainsFirst(t *testing.T) {
 	t.Parallel()
-	p := newPlane(t, func(c *Config) { c.Nodes = func() []string { return []string{"n2.example:8444"} } })
+	p := newPlane(t, func(c *Config) { c.Reachable = func() []string { return []string{"n2.example:8444"} } })
 	goes, stays := p.host("goes").online(), p.host("stays").online()
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
 	defer cancel()

@@ -90,11 +90,11 @@ func (noIssuer) Issue(context.Context, issue.Request) (issue.Outcome, error) {
 
 // TestWakeUpRacesHello: ten thousand times an agent says Hello at one node while a job for it is committed at the same or
 // another one, with its former stream still there, gone, or going. Every job arrives; no net sweeps for those that would
-// not.
+// not. With the race detector they are fewer.
 func TestWakeUpRacesHello(t *testing.T) {
 	t.Parallel()
 	const groups, size = 4, 25
-	rounds := 100
+	rounds := raceRounds
 	if testing.Short() {
 		rounds = 10
 	}

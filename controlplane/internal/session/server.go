@@ -110,8 +110,9 @@ type Config struct {
 	Handshakes int
 	// MaxBeat is what BeatInterval may stretch to as agents become more; below BeatInterval: it does not stretch.
 	MaxBeat time.Duration
-	// Nodes are the mesh addresses of the other nodes that take agents; nil on a single node.
-	Nodes func() []string
+	// Nodes are the mesh addresses of the other nodes that take agents, Reachable those of them that agents are moved to by
+	// Stop, because they live; nil on a single node.
+	Nodes, Reachable func() []string
 	// Alone reports that there is no other node now that could hold an agent, so that nobody's holder need be read; nil:
 	// there may be. It is called for each Wake.
 	Alone func() bool
@@ -287,7 +288,7 @@ func (s *Server) Start() {
 				s.flush(s.ctx)
 				s.forget(now)
 			}
-			if s.cfg.RemoteWake != nil && now.Sub(checked) >= recheckInterval {
+			if now.Sub(checked) >= recheckInterval && !s.alone() {
 				checked = now
 				s.checking.request()
 			}
@@ -316,7 +317,7 @@ func (s *Server) of(agentID string) []*stream {
 // woken at once, but it may have been superseded: in a cluster the holder is read and woken, too.
 func (s *Server) Wake(agentID string) {
 	s.WakeLocal([]string{agentID})
-	if s.cfg.RemoteWake != nil && (s.cfg.Alone == nil || !s.cfg.Alone()) {
+	if !s.alone() {
 		s.holders.add(agentID)
 	}
 }

@@ -330,7 +330,7 @@ func (st *stream) refuse(ctx context.Context, err error) {
 		case aerr == nil && a.State == domain.AgentRetired:
 			end = endRetired("the agent was retired" + because(a.Reason))
 		case aerr == nil && a.State == domain.AgentQuarantined:
-			end = endQuarantined("the agent is quarantined" + because(a.Reason))
+			end = endQuarantined(quarantined + because(a.Reason))
 		}
 	case fault.Unauthorized:
 		// An identity that the store does not know may be one of before a restore: that is no reason to give up for good.
@@ -369,7 +369,10 @@ func (st *stream) quarantine(ctx context.Context) {
 		return
 	}
 	for _, other := range s.of(id) {
-		other.end(endQuarantined("the agent is quarantined: " + reason))
+		other.end(endQuarantined(quarantined + because(reason)))
+	}
+	if s.cfg.RemoteDisconnect != nil {
+		s.cfg.RemoteDisconnect(id, quarantined+because(reason))
 	}
 	s.cfg.Hub.Publish(hub.Notice{Kind: hub.Agents, ID: id})
 }
