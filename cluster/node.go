@@ -126,13 +126,16 @@ func Start(ctx context.Context, cfg Config) (_ *Node, err error) {
 	n.wg.Go(n.leadership)
 	n.wg.Go(n.belong)
 	n.wg.Go(n.watch)
+	n.wg.Go(n.watchdog)
 	return n, nil
 }
 
 func (n *Node) raftConfig(log hclog.Logger) *raft.Config {
 	c := raft.DefaultConfig()
 	c.LocalID = raft.ServerID(n.cfg.ID)
-	c.HeartbeatTimeout, c.ElectionTimeout, c.LeaderLeaseTimeout = n.cfg.Timing.Heartbeat, n.cfg.Timing.Heartbeat, n.cfg.Timing.Heartbeat
+	c.HeartbeatTimeout, c.LeaderLeaseTimeout = n.cfg.Timing.Heartbeat, n.cfg.Timing.Heartbeat
+	// A little above the heartbeat's, which the watchdog moves.
+	c.ElectionTimeout = n.cfg.Timing.Heartbeat + time.Microsecond
 	c.CommitTimeout = min(c.CommitTimeout, n.cfg.Timing.Heartbeat/4)
 	c.TrailingLogs, c.SnapshotThreshold, c.SnapshotInterval = trailingLogs, snapshotThreshold, snapshotInterval
 	// Whoever is taken out learns it from the leader and says so itself.
@@ -211,8 +214,7 @@ func (n *Node) setTerm(t *Term) {
 // Leader returns who leads, as far as this node knows, and where it is; both are empty without a leader, the address also
 // while it is not known.
 func (n *Node) Leader() (id, meshAddress string) {
-	_, leader := n.raft.LeaderWithID()
-	id = string(leader)
+	id = n.leaderID()
 	if id == n.cfg.ID {
 		return id, n.member().GetMeshAddress()
 	}
