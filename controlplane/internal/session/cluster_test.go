@@ -162,6 +162,12 @@ func TestWorkReachesTheAgentThroughAnotherNode(t *testing.T) {
 	if v := k.state().GetVersion(); v.GetName() != "tgt_9" {
 		t.Errorf("state %v", v)
 	}
+	clone := x.a.host("clone").at(x.b)
+	c := clone.online()
+	x.a.srv.Disconnect(clone.id, quarantined+because("two machines use it"))
+	if g := c.goodbye(); g.GetReason() != agentpb.Goodbye_REASON_QUARANTINED || g.GetPermanent() {
+		t.Errorf("%v", g)
+	}
 	x.a.srv.Disconnect(h.id, "the agent was retired: gone")
 	if g := k.goodbye(); g.GetReason() != agentpb.Goodbye_REASON_RETIRED || !g.GetPermanent() {
 		t.Errorf("%v", g)
