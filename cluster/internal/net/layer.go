@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"time"
 
@@ -142,6 +143,10 @@ func (l *Layer) Dial(address raft.ServerAddress, timeout time.Duration) (net.Con
 	places := l.where(id)
 	if len(places) == 0 {
 		return nil, fmt.Errorf("nobody has said yet where node %s is", id)
+	}
+	// Where it was found before first: nothing that was said of it is as good.
+	if at := slices.Index(places, l.Place(id)); at > 0 {
+		places = slices.Insert(slices.Delete(slices.Clone(places), at, at+1), 0, places[at])
 	}
 	var errs []error
 	for _, place := range places {
