@@ -336,7 +336,7 @@ func (h *Holder) fill(now time.Duration) {
 // due is when to ask next, were nothing else to happen; forEver: there is nothing to ask for.
 func (h *Holder) due(now time.Duration) time.Duration {
 	demand := h.inFlight + h.waiting
-	at := forEver
+	var at time.Duration
 	switch {
 	case h.untold > now:
 		if h.failures == 0 {

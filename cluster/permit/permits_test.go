@@ -287,9 +287,11 @@ func TestIdleCostsNothing(t *testing.T) {
 		if n := asked.Swap(0); n > 3 {
 			t.Errorf("one call asked %d times", n)
 		}
+		leader.mu.Lock()
 		if got, _ := leader.granter.issuer("iss_1").inUseByAll(); got != 0 {
 			t.Errorf("%d permits are kept", got)
 		}
+		leader.mu.Unlock()
 		<-time.After(time.Hour)
 		if n := asked.Load(); n != 0 {
 			t.Errorf("%d requests in an idle hour", n)

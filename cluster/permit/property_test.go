@@ -49,6 +49,23 @@ func TestNeverAboveTheCap(t *testing.T) {
 	t.Logf("%d calls, %d pauses; the cap was reached in %d of %d worlds", calls, pauses, full, last-first+1)
 }
 
+// TestASeedReplays: the same seed is the same world, event by event.
+func TestASeedReplays(t *testing.T) {
+	t.Parallel()
+	for seed := uint64(1); seed <= 20; seed++ {
+		var histories [2]string
+		for i := range histories {
+			w := newWorld(seed, intact)
+			w.tells = true
+			w.run()
+			histories[i] = strings.Join(w.history, "\n")
+		}
+		if histories[0] != histories[1] {
+			t.Errorf("world %d went two ways:\n%s\n\n%s", seed, histories[0], histories[1])
+		}
+	}
+}
+
 // TestTheTestNotices: each rule is needed, and breaking it is found.
 func TestTheTestNotices(t *testing.T) {
 	t.Parallel()

@@ -136,7 +136,7 @@ func newWorld(seed uint64, m mutation) *world {
 	w.demands, w.deaf = []int{0, 1, 3, 30}, w.r.IntN(10) == 0
 	// A third are worlds in which all depends on clocks: they are as wrong as they can be, calls last as long as they may,
 	// answers come late, everybody takes all that can be had, and nodes are cut off for longer than a lease.
-	if w.harsh = w.r.IntN(3) == 0; w.harsh {
+	if w.harsh = w.r.IntN(3) == 0 || m == countFromAnswer || m == wholeLease; w.harsh {
 		w.long, w.slow, w.peace = 0.95, 0.9, 10*time.Second
 		w.limits, w.demands = Limits{InFlight: 2 + w.r.IntN(3)}, []int{30}
 	}

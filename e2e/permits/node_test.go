@@ -38,7 +38,7 @@ type settings struct {
 	Root        []byte
 	Certificate []byte
 	Key         []byte
-	Lease       time.Duration
+	LeaseTime   time.Duration
 	InFlight    int
 	Rate        float64
 	Workers     int
@@ -99,7 +99,7 @@ func (n *node) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if n.leader, err = permit.NewLeader(permit.LeaderConfig{Log: late{n}, Lease: n.Lease, Clock: clk, Logger: n.log,
+	if n.leader, err = permit.NewLeader(permit.LeaderConfig{Log: late{n}, Lease: n.LeaseTime, Clock: clk, Logger: n.log,
 		Limits: func(string) permit.Limits { return permit.Limits{InFlight: n.InFlight, Rate: n.Rate} }}); err != nil {
 		return err
 	}
@@ -121,7 +121,7 @@ func (n *node) run(ctx context.Context) error {
 	close(n.ready)
 	n.mesh.Serve(answers{n})
 	n.mesh.Update(n.Nodes)
-	permits, err := permit.New(ctx, permit.Config{Leaser: route{n}, Instance: instance, Lease: n.settings.Lease, Clock: clk, Log: n.log})
+	permits, err := permit.New(ctx, permit.Config{Leaser: route{n}, Instance: instance, Lease: n.LeaseTime, Clock: clk, Log: n.log})
 	if err != nil {
 		return err
 	}

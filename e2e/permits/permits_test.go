@@ -75,12 +75,12 @@ func TestOneCapForTheCluster(t *testing.T) {
 		}
 		p.kill(follower)
 		p.start(follower)
-		p.waitFor(c, "the others go on, and the one that was killed comes back", 30*time.Second, 3, p.ids...)
+		p.waitFor(c, "the others go on, and the one that was killed comes back", 30*time.Second, 6, p.ids...)
 
 		_, _, leader = c.calls()
 		p.kill(leader)
 		p.start(leader)
-		p.waitFor(c, "every node calls under the new leader", 30*time.Second, 5, p.ids...)
+		p.waitFor(c, "every node calls under the new leader", 30*time.Second, 8, p.ids...)
 	}
 	for _, id := range p.ids {
 		p.kill(id)
@@ -138,7 +138,7 @@ func newPlay(t *testing.T, count int, ca string) *play {
 	}
 	for i, id := range p.ids {
 		s := settings{ID: id, Dir: filepath.Join(p.dir, id), Raft: addresses[2*i+1], Mesh: addresses[2*i], CA: ca, Nodes: nodes, Root: rootPEM,
-			Lease: lease, InFlight: inFlight, Rate: rate, Workers: workers}
+			LeaseTime: lease, InFlight: inFlight, Rate: rate, Workers: workers}
 		s.Certificate, s.Key = identity(t, key, root, id)
 		p.settings[id] = s
 	}
