@@ -84,6 +84,7 @@ func (s *Server) isDraining() bool {
 
 func shuffled(nodes []string) []string {
 	nodes = slices.Clone(nodes)
+	//nolint:gosec // spreads agents, hides nothing
 	rand.Shuffle(len(nodes), func(i, j int) { nodes[i], nodes[j] = nodes[j], nodes[i] })
 	return nodes
 }

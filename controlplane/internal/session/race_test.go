@@ -146,7 +146,7 @@ func TestWakeUpRacesHello(t *testing.T) {
 			due = append(due, domain.NewJob{CertificateID: c.ID, AgentID: a.id, Reason: "race"})
 		}
 		all.Go(func() {
-			rnd := mrand.New(mrand.NewPCG(uint64(n), 1)) //nolint:gosec // which race comes next
+			rnd := mrand.New(mrand.NewPCG(uint64(n), 1))
 			for r := range rounds {
 				jobs := make(chan map[string]string, 1)
 				creator := servers[rnd.IntN(2)]

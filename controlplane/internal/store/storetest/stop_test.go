@@ -69,7 +69,7 @@ func TestStoppedProcessCommitsNothing(t *testing.T) {
 
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		child := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestStoppedHolder$") //nolint:gosec // this very program
+		child := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestStoppedHolder$")
 		child.Env = append(os.Environ(), fmt.Sprintf("%s=%s %d %s %s", stoppedHolder, w.DSN, old.Epoch, c.ID, a.ID))
 		child.Stderr = os.Stderr
 		out, err := child.StdoutPipe()
