@@ -432,7 +432,7 @@ func TestStrangersAtTheRaftListener(t *testing.T) {
 		}
 	}
 	// And some that say nothing.
-	for range 40 {
+	for range 80 {
 		raw, err := e.Dialer("stranger")(t.Context(), "n1:8445")
 		if err != nil {
 			t.Fatal(err)

@@ -46,8 +46,9 @@ func (c clockOf) Now() time.Time { return c.n.now() }
 // AutopilotConfig implements autopilot.ApplicationIntegration.
 func (p *pilot) AutopilotConfig() *autopilot.Config {
 	return &autopilot.Config{
+		// MinQuorum counts members without a vote as well; reapable is stricter with voters, and with nobody else.
 		CleanupDeadServers: true, LastContactThreshold: p.n.cfg.Timing.Contact, MaxTrailingLogs: maxTrailing,
-		MinQuorum: minVoters, ServerStabilizationTime: p.n.cfg.Timing.Stable,
+		ServerStabilizationTime: p.n.cfg.Timing.Stable,
 	}
 }
 

@@ -139,8 +139,8 @@ func (n *Node) admissible(m *clusterpb.Member) error {
 	return nil
 }
 
-// Remove takes a member out for good; its process learns it and fails. Class Rejected where two voters would be left, or too
-// few that are well. The leader gives leadership away instead and returns ErrNotLeader: the caller asks the next one.
+// Remove takes a member out for good; its process learns it and fails. Of two voters that are left the one that does not lead
+// loses its vote, because two are worse than one. Class Rejected where too few would be left that are well. The leader gives leadership away instead and returns ErrNotLeader: the caller asks the next one.
 func (n *Node) Remove(ctx context.Context, id string) error {
 	if !n.IsLeader() {
 		return n.notLeader()
@@ -168,23 +168,22 @@ func (n *Node) Remove(ctx context.Context, id string) error {
 	if err := n.takeOut(ctx, id); err != nil {
 		return err
 	}
+	if err := n.unpair(ctx); err != nil {
+		return err
+	}
 	n.log.Info("a node was removed from the cluster", "node", id)
 	return nil
 }
 
 // dispensable refuses what would leave too few voters.
 func (n *Node) dispensable(id string) error {
-	left, well, voter, spare := 0, 0, false, 0
+	left, well, voter := 0, 0, false
 	for _, m := range n.Members() {
 		votes := m.GetSuffrage() == clusterpb.Member_SUFFRAGE_VOTER
 		switch {
 		case m.GetId() == id:
 			voter = votes
-		case !votes:
-			if m.GetHealthy() {
-				spare++
-			}
-		default:
+		case votes:
 			left++
 			if m.GetHealthy() {
 				well++
@@ -198,10 +197,30 @@ func (n *Node) dispensable(id string) error {
 		return fault.New(fault.Rejected, "node %s is the only one that votes", id)
 	case well < left/2+1:
 		return fault.New(fault.Rejected, "without node %s only %d of %d voters would be well, and none could lead", id, well, left)
-	case left == 2 && spare == 0:
-		return fault.New(fault.Rejected, "without node %s two voters would be left, which is worse than one: add another node first", id)
 	}
 	return nil
+}
+
+// unpair takes the vote of the one that does not lead, where two voters are left and nobody waits for a vote: a third node
+// makes both voters.
+func (n *Node) unpair(ctx context.Context) error {
+	var other string
+	voters := 0
+	for _, m := range n.Members() {
+		switch {
+		case m.GetSuffrage() == clusterpb.Member_SUFFRAGE_VOTER:
+			voters++
+			if m.GetId() != n.cfg.ID {
+				other = m.GetId()
+			}
+		case m.GetHealthy():
+			return nil // it is promoted soon
+		}
+	}
+	if voters != 2 {
+		return nil
+	}
+	return n.change(ctx, n.raft.DemoteVoter(raft.ServerID(other), 0, n.cfg.Timing.Barrier))
 }
 
 // takeOut removes a member from Raft, then from the registry.

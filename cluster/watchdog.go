@@ -20,7 +20,7 @@ func (n *Node) watchdog() {
 		wait := silence
 		last := n.raft.LastContact()
 		if leader := n.leaderID(); n.raft.State() == raft.Follower && leader != "" && !last.IsZero() && !last.Equal(noticed) {
-			due := last.Add(silence + n.turn(leader)*silence/5 + time.Millisecond)
+			due := last.Add(silence + time.Duration(n.turn(leader))*silence/4 + time.Millisecond)
 			wait = time.Until(due) //nolint:forbidigo // Raft's times are the real clock's.
 			if wait <= 0 {
 				noticed, wait = last, silence
@@ -43,10 +43,10 @@ func (n *Node) look() {
 }
 
 // turn returns this node's place among the voters that may follow the leader.
-func (n *Node) turn(leader string) time.Duration {
+func (n *Node) turn(leader string) int {
 	others := slices.DeleteFunc(n.voters(), func(id string) bool { return id == leader })
 	slices.Sort(others)
-	return time.Duration(max(0, slices.Index(others, n.cfg.ID)))
+	return max(0, slices.Index(others, n.cfg.ID))
 }
 
 func (n *Node) leaderID() string {

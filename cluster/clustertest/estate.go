@@ -57,7 +57,7 @@ func (e *Estate) Config(id string, expect int, join ...string) cluster.Config {
 // Timing is that of a cluster in a hurry, on a machine with much else to do.
 func Timing() cluster.Timing {
 	return cluster.Timing{
-		Heartbeat: 200 * time.Millisecond, IO: 500 * time.Millisecond, Stable: 100 * time.Millisecond, Reconcile: 50 * time.Millisecond,
+		Heartbeat: 250 * time.Millisecond, IO: time.Second, Stable: 100 * time.Millisecond, Reconcile: 50 * time.Millisecond,
 		Contact: time.Second, Patience: 500 * time.Millisecond, RetryMin: 20 * time.Millisecond, RetryMax: 200 * time.Millisecond,
 		GiveAway: 2 * time.Second, Barrier: 5 * time.Second,
 	}

@@ -63,7 +63,7 @@ func Open(dir string, log hclog.Logger) (*Files, error) {
 		return nil, err
 	}
 	if first := f.first(); first > last+1 {
-		f.Close()
+		_ = f.Close() // Only read.
 		return nil, damaged(dir, fmt.Errorf("the log begins at %d, the newest snapshot ends at %d", first, last))
 	}
 	return f, nil
@@ -151,7 +151,7 @@ func (f *Files) readLog(dir string) (err error) {
 		return fmt.Errorf("open the Raft log: %w", err)
 	}
 	if f.Logs, err = entries(f.Bolt); err != nil {
-		f.Close()
+		_ = f.Close() // Only read.
 		return damaged(dir, err)
 	}
 	return nil
@@ -164,7 +164,7 @@ func whole(path string, size int64) (err error) {
 	if err != nil {
 		return err
 	}
-	defer db.Close()
+	defer func() { _ = db.Close() }() // Only read.
 	defer contain(&err, "", nil)
 	return db.View(func(tx *bbolt.Tx) error {
 		if tx.Size() > size {

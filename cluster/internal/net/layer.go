@@ -19,7 +19,7 @@ import (
 
 const (
 	// Nodes are few; a stranger who opens connections and says nothing gets these and no more.
-	maxHandshakes    = 32
+	maxHandshakes    = 64
 	handshakeTimeout = 5 * time.Second
 )
 
