@@ -69,6 +69,10 @@ func (n *Node) begin() *reign {
 func (n *Node) reign(ctx context.Context, t Term) {
 	for {
 		err := n.establish(ctx, t)
+		if n.raft.State() != raft.Leader {
+			// Lost on the way; the word of it is under way.
+			<-ctx.Done()
+		}
 		if ctx.Err() != nil {
 			return
 		}
@@ -102,6 +106,7 @@ func (n *Node) establish(ctx context.Context, t Term) error {
 		return fmt.Errorf("see what was decided before: %w", err)
 	}
 	n.log.Info("this node leads the cluster", "term", t.Number)
+	defer n.log.Info("this node does not lead the cluster any more", "term", t.Number)
 	n.setTerm(&t)
 	defer n.setTerm(nil)
 
@@ -119,7 +124,6 @@ func (n *Node) establish(ctx context.Context, t Term) error {
 	}
 	n.stumbles = 0
 	<-ctx.Done()
-	n.log.Info("this node does not lead the cluster any more", "term", t.Number)
 	return nil
 }
 

@@ -192,6 +192,29 @@ func TestWipeAllAndStartAgain(t *testing.T) {
 	}
 }
 
+// TestWipeTwoOfThree: the one that is left gathers the others; no second cluster begins.
+func TestWipeTwoOfThree(t *testing.T) {
+	t.Parallel()
+	e := clustertest.NewEstate(t)
+	nodes := begin(e, nil, three...)
+	leader := e.Leader(nodes...)
+	if err := leader.Propose(t.Context(), configurationChanged()); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range nodes {
+		e.Stop(n)
+	}
+	for _, n := range without(nodes, leader) {
+		if _, err := cluster.Recover(e.Config(n.ID(), 3).Dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	nodes = begin(e, nil, three...)
+	if now := e.Leader(nodes...); now.ConfigurationRevision() != 1 {
+		t.Error("what was decided is gone")
+	}
+}
+
 // TestWipeOne: a member whose files are gone is filled again by the leader.
 func TestWipeOne(t *testing.T) {
 	t.Parallel()
