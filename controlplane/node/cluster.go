@@ -112,6 +112,9 @@ func (n *Node) revoke(term cluster.Term) {
 func (n *Node) followMembers(ctx context.Context) {
 	changes, cancel := n.raft.Changes()
 	defer cancel()
+	// Who is a member is Raft's configuration, of which a follower hears no word when it changes.
+	again := n.clk.NewTicker(time.Second)
+	defer again.Stop()
 	for {
 		addresses := map[string]string{}
 		for _, m := range n.raft.Members() {
@@ -122,6 +125,7 @@ func (n *Node) followMembers(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-changes:
+		case <-again.Chan():
 		}
 	}
 }

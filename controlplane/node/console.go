@@ -136,20 +136,29 @@ func (n *Node) removeNode(ctx context.Context, nodeID string) error {
 	if err := n.store.RemoveNode(ctx, nodeID, console()); err != nil {
 		return err
 	}
-	leader, _ := n.raft.Leader()
 	var err error
-	switch leader {
-	case "":
-		err = fault.New(fault.Retryable, "nobody leads the cluster")
-	case n.cfg.Node.ID:
-		err = n.raft.Remove(ctx, nodeID)
-	default:
-		err = n.links.AskRemove(ctx, leader, nodeID)
+	// A leader that is to go gives leadership away first, and the next one is asked.
+	for range 4 {
+		leader, _ := n.raft.Leader()
+		switch leader {
+		case "":
+			err = fault.New(fault.Retryable, "nobody leads the cluster")
+		case n.cfg.Node.ID:
+			err = n.raft.Remove(ctx, nodeID)
+		default:
+			err = n.links.AskRemove(ctx, leader, nodeID)
+		}
+		if err == nil || fault.Is(err, fault.NotFound) {
+			return nil
+		}
+		pause := n.clk.NewTimer(time.Second)
+		select {
+		case <-pause.Chan():
+		case <-ctx.Done():
+			pause.Stop()
+		}
 	}
-	if err != nil && !fault.Is(err, fault.NotFound) {
-		return fault.Wrap(fault.ClassOf(err), err, "node %q may not come back, but it still has its place in Raft; run the command again", nodeID)
-	}
-	return nil
+	return fault.Wrap(fault.ClassOf(err), err, "node %q may not come back, but it still has its place in Raft; run the command again", nodeID)
 }
 
 // consoleStatus carries the sentence; the console's user may see causes as well.

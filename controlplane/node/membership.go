@@ -87,10 +87,15 @@ func enter(ctx context.Context, s *store.Store, c *config.Config, clk clockwork.
 	}
 	m.node, err = s.StartNode(ctx, domain.NodeStart{ID: c.Node.ID, SecretHash: domain.HashHex([]byte(p.Secret)), Instance: id.New(id.Instance),
 		TokenID: tokenID, TokenHash: tokenHash, At: clk.Now()})
-	if err != nil {
+	switch class := fault.ClassOf(err); {
+	case err == nil:
+		return m, nil
+	case !enrolled && (class == fault.Unauthorized || class == fault.Conflict || class == fault.Invalid):
+		// The directory is nobody's still.
+		return nil, errors.Join(err, os.Remove(path))
+	default:
 		return nil, err
 	}
-	return m, nil
 }
 
 // checkClock compares this node's clock with the database server's, by which the other nodes were judged as well.

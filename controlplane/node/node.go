@@ -114,12 +114,13 @@ func (n *Node) start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if n.member, err = enter(ctx, n.store, n.cfg, n.clk, n.log); err != nil {
+	if n.trust, err = openTrust(ctx, trustConfig{Store: n.store, Ring: ring, Clock: n.clk, Log: n.log, NodeID: n.cfg.Node.ID,
+		TrustDomain: n.cfg.Mesh.TrustDomain, Names: n.cfg.Node.Names, TTL: n.cfg.Mesh.IdentityTTL}); err != nil {
 		lis.close()
 		return err
 	}
-	if n.trust, err = openTrust(ctx, trustConfig{Store: n.store, Ring: ring, Clock: n.clk, Log: n.log, NodeID: n.cfg.Node.ID,
-		TrustDomain: n.cfg.Mesh.TrustDomain, Names: n.cfg.Node.Names, TTL: n.cfg.Mesh.IdentityTTL}); err != nil {
+	// After the trust domain was compared: a token serves once.
+	if n.member, err = enter(ctx, n.store, n.cfg, n.clk, n.log); err != nil {
 		lis.close()
 		return err
 	}

@@ -200,7 +200,7 @@ func TestQuorumLost(t *testing.T) {
 	c.do(last, "certs", "revoke", "more", "--reason", "superseded")
 	var issuer estate.Issuer
 	c.OK(last.JSON(c.Ctx, &issuer, "issuers", "get", "ca"))
-	if status, body, err := last.Estate.Get(c.Ctx, "http://"+last.PKI+"/crl/"+issuer.ID+"/0.crl"); err != nil || status != 200 || len(body) == 0 {
+	if status, body, err := last.Estate.Get(c.Ctx, "http://"+last.PKI+"/.well-known/pki/crl/"+issuer.ID); err != nil || status != 200 || len(body) == 0 {
 		t.Errorf("the CRL without a leader: %d, %d bytes, %v", status, len(body), err)
 	}
 	c.once(last, []string{"east"}, 2)
@@ -336,7 +336,7 @@ func TestGrowth(t *testing.T) {
 		t.Errorf("the removed node ended with status %d:\n%s", third.Process.ExitCode(), third.Process.Tail(5))
 	}
 	_, err = c.Run(c.Ctx, "certmeshd", c.NodeEnv(third), "serve")
-	c.IsRefusal(err, 1, "is not enrolled")
+	c.IsRefusal(err, 1, "used up")
 	c.do(c.Nodes[0], "certs", "renew", "east", "--wait", "--wait-timeout", estatetest.Long)
 }
 
