@@ -99,7 +99,8 @@ func (c *command) recoverRevoke() *cobra.Command {
 			if err := node.RevokeFoundLeaf(cmd.Context(), cfg, args[0], reason); err != nil {
 				return err
 			}
-			fmt.Fprintf(c.stdout, "%s is revoked; the next CRL lists it within a minute\n", args[0])
+			fmt.Fprintf(c.stdout, "%s is revoked; the issuer's next CRL lists it\n", args[0])
+			fmt.Fprintln(c.stderr, "A CRL is built with the next certificate that is revoked, when a node starts, and every scheduler.crl_generation_interval.")
 			return nil
 		},
 	}

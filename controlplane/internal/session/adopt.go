@@ -2,8 +2,6 @@ package session
 
 import (
 	"context"
-	"strconv"
-	"time"
 
 	"github.com/certmesh/certmesh/controlplane/internal/ca"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
@@ -14,8 +12,9 @@ import (
 
 // Recovery takes in again what a restore from backup has lost and agents still have.
 type Recovery interface {
-	// RecoveredAt is when the store was last recovered from a backup; the zero time: never.
-	RecoveredAt(ctx context.Context) (time.Time, error)
+	// ReadmitIdentity records an identity that was signed before the last recovery and that the restore has lost. Conflict:
+	// there was no recovery since it was made, or it is known.
+	ReadmitIdentity(ctx context.Context, i domain.Identity, op domain.Op) error
 	// CAs returns the material of all CAs, the mesh CA included.
 	CAs(ctx context.Context) ([]domain.CA, error)
 	// AdoptLeaves takes in leaves whose signatures were verified and says what became of each.
@@ -99,8 +98,7 @@ func (a *adoption) verify(ctx context.Context, l *agentpb.HeldLeaf) (domain.Foun
 }
 
 // readmit records the identity that the agent has shown, if it is one of before the last recovery that the restore has
-// lost, and reports whether it did. The handshake has verified that the mesh CA signed it; whether it was revoked after the
-// backup nobody knows.
+// lost, and reports whether it did. The handshake has verified that a mesh CA signed it.
 func (s *Server) readmit(ctx context.Context, who caller) bool {
 	cert := who.certificate
 	if cert == nil {
@@ -109,20 +107,19 @@ func (s *Server) readmit(ctx context.Context, who caller) bool {
 	if _, err := s.cfg.Store.Identity(ctx, who.serial); !fault.Is(err, fault.NotFound) {
 		return false
 	}
-	at, err := s.cfg.Store.RecoveredAt(ctx)
-	if err != nil || at.IsZero() || cert.NotBefore.After(at) {
-		return false
+	mesh := s.cfg.Mesh()
+	generation := mesh.Generation()
+	if cert.CheckSignatureFrom(mesh.Certificate()) != nil {
+		generation-- // the former mesh CA, which is trusted during a rollover
 	}
-	op := domain.Op{Actor: who.actor(), RequestID: who.requestID, RemoteAddr: who.remote, At: s.now()}
-	err = s.cfg.Store.RecordIdentity(ctx, domain.Identity{Serial: who.serial, AgentID: who.agentID,
-		SPKI: domain.HashHex(cert.RawSubjectPublicKeyInfo), NotBefore: cert.NotBefore.UTC(), NotAfter: cert.NotAfter.UTC(), FirstUsedAt: op.At,
-		Generation: s.cfg.Mesh().GenerationOf(cert)}, op)
-	if err == nil {
-		err = s.audit(ctx, who, "identity.readmitted", "agent/"+who.agentID, "ok", map[string]string{"serial": who.serial,
-			"recovered_at": strconv.FormatInt(at.UnixMicro(), 10)})
-	}
-	if err != nil {
-		s.cfg.Log.Warn("identity of before the restore not readmitted", "agent_id", who.agentID, "err", err)
+	err := s.cfg.Store.ReadmitIdentity(ctx, domain.Identity{Serial: who.serial, AgentID: who.agentID, SPKI: domain.HashHex(cert.RawSubjectPublicKeyInfo),
+		NotBefore: cert.NotBefore.UTC(), NotAfter: cert.NotAfter.UTC(), Generation: generation},
+		domain.Op{Actor: who.actor(), RequestID: who.requestID, RemoteAddr: who.remote, At: s.now()})
+	switch {
+	case err == nil:
+		s.cfg.Log.Info("identity of before the restore readmitted", "agent_id", who.agentID, "serial", who.serial)
+	case !fault.Is(err, fault.Conflict):
+		s.cfg.Log.Warn("identity not readmitted", "agent_id", who.agentID, "serial", who.serial, "err", err)
 	}
 	return err == nil
 }

@@ -15,15 +15,21 @@ import (
 
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	agentpb "github.com/certmesh/certmesh/protocol/agent/v1"
+	"github.com/certmesh/certmesh/protocol/fault"
 )
 
-// RecoveredAt implements Recovery.
-func (f *fakeStore) RecoveredAt(context.Context) (time.Time, error) {
-	if err := f.enter("RecoveredAt"); err != nil {
-		return time.Time{}, err
+// ReadmitIdentity implements Recovery.
+func (f *fakeStore) ReadmitIdentity(_ context.Context, i domain.Identity, op domain.Op) error {
+	if err := f.enter("ReadmitIdentity"); err != nil {
+		return err
 	}
 	defer f.mu.Unlock()
-	return f.recovered, nil
+	if f.recovered.IsZero() || i.NotBefore.After(f.recovered) {
+		return fault.New(fault.Conflict, "it is not of before")
+	}
+	f.identities[i.Serial] = i
+	f.trail = append(f.trail, domain.AuditEvent{Action: "identity.readmitted", Actor: op.Actor})
+	return nil
 }
 
 // CAs implements Recovery.

@@ -199,6 +199,46 @@ func (t *tx) adoptPlacements(l domain.FoundLeaf, op domain.Op) error {
 	return t.placementsDue(due)
 }
 
+// ReadmitIdentity records a client certificate of an agent that the restore has lost: its holder has shown it, and the mesh CA
+// has signed it, which the caller has verified. Conflict: it is of after the last recovery, or there was none; or it is
+// known. Forbidden: the agent is retired. Whether it was revoked after the backup nobody knows.
+func (s *Store) ReadmitIdentity(ctx context.Context, i domain.Identity, op domain.Op) error {
+	if err := checkTexts("serial", i.Serial, "spki", i.SPKI); err != nil {
+		return err
+	}
+	return s.settled(ctx, "identity.readmit", func(t *tx) error {
+		recovery, err := t.recovery()
+		if err != nil {
+			return err
+		}
+		if recovery == 0 || i.NotBefore.After(fromMicro(recovery)) {
+			return fault.New(fault.Conflict, "identity %s was not issued here, and the store was not recovered since it was made", i.Serial)
+		}
+		a, err := t.agent(i.AgentID)
+		if err != nil {
+			return err
+		}
+		if a.State == domain.AgentRetired {
+			return fault.New(fault.Forbidden, "agent %q is retired", a.Name)
+		}
+		have, err := t.identity(i.Serial)
+		if err == nil {
+			if t.again && have.AgentID == a.ID {
+				return nil
+			}
+			return fault.New(fault.Conflict, "identity %s is known", i.Serial)
+		}
+		if !fault.Is(err, fault.NotFound) {
+			return err
+		}
+		if _, err := t.exec(`INSERT INTO agent_identity (serial, agent_id, spki, not_before, not_after, revoked_at, first_used_at, created_at, generation)
+VALUES ($1, $2, $3, $4, $5, 0, $6, $6, $7)`, i.Serial, a.ID, i.SPKI, micro(i.NotBefore), micro(i.NotAfter), micro(op.At), max(i.Generation, 1)); err != nil {
+			return err
+		}
+		return t.auditOp(op, "identity.readmitted", "agent/"+a.ID, map[string]string{"serial": i.Serial})
+	})
+}
+
 // FoundLeaves lists the leaves that agents hold and no version could be made of, by issuer and serial. There are as many as
 // orders were lost in restores.
 func (s *Store) FoundLeaves(ctx context.Context) ([]domain.FoundLeaf, error) {

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/certmesh/certmesh/migrations"
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
@@ -33,9 +32,9 @@ type step struct {
 	text string
 }
 
-// steps are the embedded migrations of this dialect in order.
+// steps are the migrations of this dialect in order.
 func (s *Store) steps() ([]step, error) {
-	entries, err := fs.ReadDir(migrations.FS, s.d.folder)
+	entries, err := fs.ReadDir(s.cfg.Migrations, s.d.folder)
 	if err != nil {
 		return nil, fmt.Errorf("store: migrations: %w", err)
 	}
@@ -46,7 +45,7 @@ func (s *Store) steps() ([]step, error) {
 		if !ok || err != nil {
 			return nil, fmt.Errorf("store: migration %s is not called NNNN_name.sql", e.Name())
 		}
-		b, err := fs.ReadFile(migrations.FS, s.d.folder+"/"+e.Name())
+		b, err := fs.ReadFile(s.cfg.Migrations, s.d.folder+"/"+e.Name())
 		if err != nil {
 			return nil, fmt.Errorf("store: migrations: %w", err)
 		}

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/url"
 	"strings"
@@ -17,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/certmesh/certmesh/controlplane/internal/id"
+	"github.com/certmesh/certmesh/migrations"
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
@@ -37,9 +39,11 @@ type Config struct {
 	// Metrics may be nil.
 	Metrics prometheus.Registerer
 
-	// Faults and Observe are seams for tests. Observe is given each statement before it is sent.
-	Faults  Faults
-	Observe func(statement string, args []any)
+	// Faults, Observe and Migrations are seams for tests. Observe is given each statement before it is sent; Migrations are
+	// the schema's steps, nil: the embedded ones.
+	Faults     Faults
+	Observe    func(statement string, args []any)
+	Migrations fs.FS
 }
 
 // Store is the truth of the cluster. Its methods may be called from any goroutine.
@@ -89,6 +93,9 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 	}
 	if cfg.NewID == nil {
 		cfg.NewID = id.New
+	}
+	if cfg.Migrations == nil {
+		cfg.Migrations = migrations.FS
 	}
 	if cfg.MaxReaders <= 0 {
 		cfg.MaxReaders = defaultReaders

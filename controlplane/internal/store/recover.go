@@ -158,6 +158,13 @@ SELECT CASE WHEN newest.version < $1 THEN $1 ELSE newest.version + 1 END, newest
 WHERE newest.version = (SELECT MAX(version) FROM trust_bundle)`, r.Generation, micro(at)); err != nil {
 		return err
 	}
+	// Who said that it trusts a later bundle may have meant one that is lost: a rollover waits for all to say it again.
+	if _, err := t.exec("DELETE FROM agent_trust"); err != nil {
+		return err
+	}
+	if _, err := t.exec("UPDATE mesh_rollover SET revision = revision + 1, bundle = (SELECT MAX(version) FROM trust_bundle) WHERE bundle > 0"); err != nil {
+		return err
+	}
 	// Half expired since long: each is built anew at once, with a number above this one.
 	r.CRLs, err = t.exec("UPDATE crl SET this_update = 0, number = CASE WHEN number < $1 THEN $1 ELSE number + 1 END", at.UnixMilli())
 	return err

@@ -34,46 +34,60 @@ var (
 
 // tables reads the catalog: every table but that of the schema's steps, by name.
 func (s *Store) tables(ctx context.Context) ([]table, error) {
-	var all []table
+	type line struct {
+		table, column, kind string
+		key                 int // place in the primary key, from 1; 0: none
+	}
+	var lines []line
 	err := s.read(ctx, "catalog", func(t *tx) error {
-		all = nil
+		lines = nil
 		return t.each(s.d.catalog(), []any{migrationTable}, func(scan func(...any) error) error {
-			var name, column, word string
-			var key int
-			if err := scan(&name, &column, &word, &key); err != nil {
+			var l line
+			var word string
+			if err := scan(&l.table, &l.column, &word, &l.key); err != nil {
 				return err
 			}
 			kind, ok := columnKinds[strings.ToUpper(word)]
-			if !ok || !plainName.MatchString(name) || !plainName.MatchString(column) {
-				return fmt.Errorf("store: column %q of table %q has the type %q, which is not one of ours", column, name, word)
+			if !ok || !plainName.MatchString(l.table) || !plainName.MatchString(l.column) {
+				return fmt.Errorf("store: column %q of table %q has the type %q, which is not one of ours", l.column, l.table, word)
 			}
-			if len(all) == 0 || all[len(all)-1].name != name {
-				all = append(all, table{name: name})
-			}
-			x := &all[len(all)-1]
-			if key > 0 {
-				for len(x.key) < key {
-					x.key = append(x.key, -1)
-				}
-				x.key[key-1] = len(x.columns)
-			}
-			x.columns = append(x.columns, tableColumn{column, kind})
+			l.kind = kind
+			lines = append(lines, l)
 			return nil
 		})
 	})
+	if err != nil {
+		return nil, err
+	}
+	// Sorted here: each engine has its own order of text.
+	slices.SortFunc(lines, func(a, b line) int { return cmpStrings(a.table, b.table, a.column, b.column) })
+	var all []table
+	for _, l := range lines {
+		if len(all) == 0 || all[len(all)-1].name != l.table {
+			all = append(all, table{name: l.table})
+		}
+		x := &all[len(all)-1]
+		if l.key > 0 {
+			for len(x.key) < l.key {
+				x.key = append(x.key, -1)
+			}
+			x.key[l.key-1] = len(x.columns)
+		}
+		x.columns = append(x.columns, tableColumn{l.column, l.kind})
+	}
 	for _, x := range all {
-		if err == nil && (len(x.key) == 0 || slices.Contains(x.key, -1)) {
-			err = fault.New(fault.Internal, "store: table %s has no primary key", x.name)
+		if len(x.key) == 0 || slices.Contains(x.key, -1) {
+			return nil, fault.New(fault.Internal, "store: table %s has no primary key", x.name)
 		}
 	}
-	return all, err
+	return all, nil
 }
 
-// catalog lists table, column, type and place in the primary key (0: none), by table and column.
+// catalog lists table, column, type and place in the primary key (0: none).
 func (d *dialect) catalog() string {
 	if d.name == nameSQLite {
 		return `SELECT m.name, p.name, p.type, p.pk FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS p
-WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite_%' AND m.name <> $1 ORDER BY m.name, p.name`
+WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite_%' AND m.name <> $1`
 	}
 	return `SELECT c.table_name, c.column_name, c.data_type, COALESCE(k.ordinal_position, 0)
 FROM information_schema.tables AS m
@@ -81,8 +95,7 @@ JOIN information_schema.columns AS c ON c.table_schema = m.table_schema AND c.ta
 LEFT JOIN information_schema.table_constraints AS p ON p.table_schema = m.table_schema AND p.table_name = m.table_name AND p.constraint_type = 'PRIMARY KEY'
 LEFT JOIN information_schema.key_column_usage AS k ON k.table_schema = p.table_schema AND k.constraint_name = p.constraint_name
  AND k.table_name = c.table_name AND k.column_name = c.column_name
-WHERE m.table_schema = current_schema() AND m.table_type = 'BASE TABLE' AND m.table_name <> $1
-ORDER BY CAST(c.table_name AS TEXT) COLLATE "C", CAST(c.column_name AS TEXT) COLLATE "C"`
+WHERE m.table_schema = current_schema() AND m.table_type = 'BASE TABLE' AND m.table_name <> $1`
 }
 
 // same reports whether two databases have the table alike.

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
@@ -19,20 +20,26 @@ import (
 	"github.com/certmesh/certmesh/protocol/fault"
 )
 
-// load lets one agent's certificates be ordered, issued and deployed from several sides until stop is called, which returns
-// how many went through.
-func load(t *testing.T, w *World, s *store.Store) (stop func() int64) {
+// traffic is write load: several agents' certificates are ordered, issued and deployed at the same time.
+type traffic struct {
+	made atomic.Int64
+	quit chan struct{}
+	once sync.Once
+	wg   sync.WaitGroup
+}
+
+// load runs traffic through s until stop, which the end of the test calls as well.
+func load(t *testing.T, w *World, s *store.Store) *traffic {
 	t.Helper()
 	const sides = 4
-	var made atomic.Int64
-	var wg sync.WaitGroup
-	quit := make(chan struct{})
+	l := &traffic{quit: make(chan struct{})}
+	t.Cleanup(l.stop)
 	for side := range sides {
 		a := w.Agent(t, fmt.Sprintf("host-%d", side))
-		wg.Go(func() {
+		l.wg.Go(func() {
 			for n := 0; ; n++ {
 				select {
-				case <-quit:
+				case <-l.quit:
 					return
 				default:
 				}
@@ -44,18 +51,39 @@ func load(t *testing.T, w *World, s *store.Store) (stop func() int64) {
 					err = drive(w, s, t, a, w.order(name, g.ID))
 				}
 				if err != nil {
-					t.Errorf("side %d: %v", side, err)
+					if t.Context().Err() == nil {
+						t.Errorf("side %d: %v", side, err)
+					}
 					return
 				}
-				made.Add(1)
+				l.made.Add(1)
 			}
 		})
 	}
-	return sync.OnceValue(func() int64 {
-		close(quit)
-		wg.Wait()
-		return made.Load()
-	})
+	return l
+}
+
+func (l *traffic) stop() {
+	l.once.Do(func() { close(l.quit) })
+	l.wg.Wait()
+}
+
+// more waits until n more certificates have gone through.
+func (l *traffic) more(t *testing.T, n int64) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	deadline := time.After(time.Minute)
+	for until := l.made.Load() + n; l.made.Load() < until; {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("%d certificates went through and no more", l.made.Load())
+		}
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
 }
 
 // A backup under full write load is one moment of the store: sound, with the schema, and no invariant broken in it.
@@ -63,11 +91,11 @@ func TestBackupUnderLoad(t *testing.T) {
 	t.Parallel()
 	lite := Engines(t)[0]
 	w := NewWorld(t, lite)
-	stop := load(t, w, w.S)
-	t.Cleanup(func() { stop() })
+	l := load(t, w, w.S)
 	dir := t.TempDir()
 	former := 0
 	for n := range 3 {
+		l.more(t, 5)
 		to := filepath.Join(dir, fmt.Sprintf("backup-%d.db", n))
 		made, err := store.Backup(t.Context(), w.DSN, to)
 		must(t, err)
@@ -88,7 +116,8 @@ func TestBackupUnderLoad(t *testing.T) {
 		// It is a store that can be gone on with.
 		restored.Agent(t, "another")
 	}
-	if made := stop(); made < int64(former) || made == 0 {
+	l.stop()
+	if made := l.made.Load(); made < int64(former)-4 || former == 0 {
 		t.Errorf("%d certificates were made, %d are in the backup", made, former)
 	}
 	w.Check(t)

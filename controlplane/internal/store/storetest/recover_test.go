@@ -234,3 +234,40 @@ func TestAdopt(t *testing.T) {
 		w.Check(t)
 	})
 }
+
+// TestReadmit: identities of before the recovery are known again when they are shown, others are not.
+func TestReadmit(t *testing.T) {
+	t.Parallel()
+	Each(t, func(t *testing.T, e Engine) {
+		w := NewWorld(t, e)
+		ctx := t.Context()
+		a, retired := w.Agent(t, "web1"), w.Agent(t, "web2")
+		_, err := w.S.RetireAgent(ctx, retired.ID, "test", w.Op())
+		must(t, err)
+		lost := domain.Identity{Serial: "1057", AgentID: a.ID, SPKI: "key", NotBefore: w.Now(), NotAfter: w.Now().Add(time.Hour), Generation: 2}
+		if err := w.S.ReadmitIdentity(ctx, lost, w.Op()); !fault.Is(err, fault.Conflict) {
+			t.Errorf("without a recovery: %v", err)
+		}
+		w.Pass(time.Minute)
+		w.recover(t)
+		must(t, w.S.ReadmitIdentity(ctx, lost, w.Op()))
+		if i, err := w.S.Identity(ctx, lost.Serial); err != nil || i.AgentID != a.ID || i.Generation != 2 {
+			t.Errorf("%+v %v", i, err)
+		}
+		hello := w.Hello(a.ID, "n1")
+		hello.IdentitySerial = lost.Serial
+		must(t, w.S.OpenSessions(ctx, []domain.SessionOpen{hello})[0].Err)
+		for what, change := range map[string]func(*domain.Identity){
+			"a known one":          func(*domain.Identity) {},
+			"one of after":         func(i *domain.Identity) { i.Serial, i.NotBefore = "1", w.Now().Add(time.Second) },
+			"a retired agent's":    func(i *domain.Identity) { i.Serial, i.AgentID = "2", retired.ID },
+			"one of nobody's here": func(i *domain.Identity) { i.Serial, i.AgentID = "3", "agt_gone" },
+		} {
+			i := lost
+			change(&i)
+			if err := w.S.ReadmitIdentity(ctx, i, w.Op()); err == nil {
+				t.Errorf("%s is readmitted", what)
+			}
+		}
+	})
+}
