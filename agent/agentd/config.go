@@ -64,7 +64,7 @@ type Config struct {
 	Kinds []target.Kind
 	// Facts describe the host; nil: they are gathered.
 	Facts *agentpb.Facts
-	// KeyLimit, DeployLimit and VerifyLimit are how many assignments of each class may be in work at once; 0: 16, 64 and 8.
+	// KeyLimit, DeployLimit and VerifyLimit are how many assignments of each class may be in work at once; 0: 16, 128 and 8.
 	KeyLimit, DeployLimit, VerifyLimit int
 
 	// InMemory keeps everything in memory; it is lost when Run returns. Memory does, and outlives Run.
@@ -106,10 +106,11 @@ func NewMemory() *Memory {
 
 const (
 	defaultRetention = 3
-	// A thousand renewals on one agent are a handful of batches: what waits for a service's reload holds a place too. More in
-	// work at once would not be done sooner, and what comes next, perhaps another owner's, would wait for all of it.
+	// A thousand renewals of sites of one service are to be no more than twenty reloads: what waits for a reload holds a place,
+	// and so does what the former one made and is being verified. More keys in work at once would not be done sooner, and what
+	// comes next, perhaps another owner's, would wait for all of it.
 	defaultKeyLimit    = 16
-	defaultDeployLimit = 64
+	defaultDeployLimit = 128
 	defaultVerifyLimit = 8
 	defaultPort        = "8444"
 

@@ -17,7 +17,7 @@ const (
 	// DefaultVerifyTimeout is how long ProbeTLS asks when it is not told.
 	DefaultVerifyTimeout = 5 * time.Second
 	// A reloading server answers with the old certificate for some milliseconds, a large one for seconds.
-	probeFirst = 20 * time.Millisecond
+	probeFirst = 2 * time.Millisecond
 	probeLast  = 500 * time.Millisecond
 	// probeAttempt bounds one connection, so that one lost packet does not use up the whole timeout.
 	probeAttempt = 2 * time.Second

@@ -133,18 +133,12 @@ func (d *deployment) material() error {
 	}
 	id := d.work.GetCertificateId()
 	d.spki = keystore.SPKIOf(chain[0])
-	if _, err := d.e.cfg.Keys.BySPKI(id, d.spki); err != nil {
+	key, err := d.e.cfg.Keys.BySPKI(id, d.spki)
+	if err != nil {
 		return err
 	}
-	keys, spki := d.e.cfg.Keys, d.spki
 	d.mat = target.Material{CertificateID: id, Generation: d.work.GetGeneration(), Chain: chain,
-		KeyPEM: func() ([]byte, error) {
-			k, err := keys.BySPKI(id, spki)
-			if err != nil {
-				return nil, err
-			}
-			return k.PEM()
-		}}
+		KeyPEM: key.PEM}
 	return nil
 }
 
@@ -294,8 +288,9 @@ func (d *deployment) timeout() time.Duration {
 const (
 	// maxVerify bounds what a setting may ask for; a target's lock is held meanwhile.
 	maxVerify = 5 * time.Minute
-	// A reloading service answers with the old certificate for some milliseconds, sometimes seconds.
-	verifyFirst = 25 * time.Millisecond
+	// A reloading service answers with the old certificate for some milliseconds, sometimes seconds. A probe costs it a
+	// handshake, and what is asked too late is waited for in vain.
+	verifyFirst = 2 * time.Millisecond
 	verifyLast  = 500 * time.Millisecond
 )
 

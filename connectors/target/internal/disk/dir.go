@@ -231,6 +231,15 @@ func (d *dir) create(name string, data []byte, r rights) (err error) {
 	return f.Close()
 }
 
+// link gives a file a second name, which outlives the first's being replaced. What is there already under that name is an
+// error, and so is a file system that has no such names.
+func (d *dir) link(name, as string) error {
+	if err := d.before("link", as); err != nil {
+		return err
+	}
+	return d.root.Link(name, as)
+}
+
 func (d *dir) rename(from, to string) error {
 	if err := d.before("rename", to); err != nil {
 		return err

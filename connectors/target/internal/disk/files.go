@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/certmesh/certmesh/protocol/fault"
 )
@@ -58,7 +59,7 @@ func (s *Store) stageFiles(ctx context.Context, data [][]byte) (_ Receipt, err e
 				return trouble(err, sl.Field, "the new file for %s cannot be written beside it", sl.Path)
 			}
 			if !old.absent {
-				if err := d.create(backupName(base, tag), old.data, rightsOf(old)); err != nil {
+				if err := d.keep(base, backupName(base, tag), old); err != nil {
 					return trouble(err, sl.Field, "%s cannot be backed up beside it", sl.Path)
 				}
 			}
@@ -72,6 +73,16 @@ func (s *Store) stageFiles(ctx context.Context, data [][]byte) (_ Receipt, err e
 		}
 	}
 	return r, nil
+}
+
+// keep makes a backup of a file that is about to be replaced: another name for it, which costs no data to be synced, or a copy
+// where that cannot be had.
+func (d *dir) keep(base, backup string, old content) error {
+	err := d.link(base, backup)
+	if err == nil || !errors.Is(err, syscall.EPERM) && !errors.Is(err, syscall.ENOTSUP) && !errors.Is(err, syscall.EMLINK) && !errors.Is(err, syscall.ENOSYS) {
+		return err
+	}
+	return d.create(backup, old.data, rightsOf(old))
 }
 
 // trouble2 is trouble for an error that may be nil.
