@@ -280,12 +280,46 @@ func (n *Node) openStore(ctx context.Context, metrics prometheus.Registerer) err
 	if err != nil {
 		return err
 	}
+	if err := n.awaitStore(ctx); err != nil {
+		return err
+	}
 	if n.cfg.Store.Migrate {
 		if err := n.store.Migrate(ctx); err != nil {
 			return fmt.Errorf("bring the schema up to date: %w", err)
 		}
 	}
 	return n.store.CheckSchema(ctx)
+}
+
+// awaitStore waits until the database answers: a node that starts together with its database, or while that is away, is not
+// to be started again by hand. An answer that is a refusal (no such database, a wrong password) is returned at once.
+func (n *Node) awaitStore(ctx context.Context) error {
+	const patience, again = 5 * time.Second, time.Second
+	said := ""
+	for {
+		ask, cancel := context.WithTimeout(ctx, patience)
+		err := n.store.Ping(ask)
+		late := ask.Err() != nil
+		cancel()
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return fault.Wrap(fault.Retryable, err, "the database did not answer (store.dsn)")
+		case !late && !fault.Is(err, fault.Retryable):
+			return err
+		}
+		if text := err.Error(); text != said {
+			said = text
+			n.log.Warn("the database does not answer; this node waits for it (store.dsn)", "error", err)
+		}
+		t := n.clk.NewTimer(again)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+		case <-t.Chan():
+		}
+	}
 }
 
 // lockDir keeps a second node away from a data directory in use.

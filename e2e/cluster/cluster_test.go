@@ -367,6 +367,15 @@ func TestDatabaseAway(t *testing.T) {
 	if err == nil {
 		t.Error("a renewal was acknowledged without a database")
 	}
+	// A node that is started meanwhile waits.
+	c.Nodes[0].Process.Kill()
+	c.OK(c.LaunchNode(c.Nodes[0]))
+	c.Until("the node to say what it waits for", func() error {
+		if !strings.Contains(c.Nodes[0].Process.Tail(3), "the database does not answer; this node waits for it") {
+			return errors.New(c.Nodes[0].Process.Tail(3))
+		}
+		return nil
+	})
 	c.OK(c.ResumeDatabase())
 	for _, m := range c.Nodes {
 		c.Until(m.ID+" to be ready", func() error { return m.Ready(c.Ctx) })

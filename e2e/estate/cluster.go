@@ -111,11 +111,19 @@ func (c *Cluster) Enrol(ctx context.Context, m *ClusterNode) error {
 	return os.WriteFile(m.Path(m.ID, "token"), []byte(token+"\n"), 0o600)
 }
 
-// StartNode starts a node, or starts it again, and waits until it is ready.
-func (c *Cluster) StartNode(ctx context.Context, m *ClusterNode) error {
+// LaunchNode starts a node, or starts it again.
+func (c *Cluster) LaunchNode(m *ClusterNode) error {
 	var err error
-	m.Process, err = m.Serve(ctx, append(append(append([]string{}, c.env...), m.env...), "CERTMESH_CLUSTER_JOIN="+c.MeshAddresses())...)
+	m.Process, err = m.launch(append(append(append([]string{}, c.env...), m.env...), "CERTMESH_CLUSTER_JOIN="+c.MeshAddresses()), "serve")
 	return err
+}
+
+// StartNode is LaunchNode, and waits until the node is ready.
+func (c *Cluster) StartNode(ctx context.Context, m *ClusterNode) error {
+	if err := c.LaunchNode(m); err != nil {
+		return err
+	}
+	return m.awaitServer(ctx, m.Process)
 }
 
 // StartAll starts all nodes of an empty store, waits until one leads, and gives every node's estate an admin's profile, so

@@ -98,15 +98,23 @@ func (e *Estate) Serve(ctx context.Context, env ...string) (*Process, error) {
 }
 
 func (e *Estate) startServer(ctx context.Context, env []string, mode string) (*Process, error) {
+	p, err := e.launch(env, mode)
+	if err != nil {
+		return nil, err
+	}
+	return p, e.awaitServer(ctx, p)
+}
+
+func (e *Estate) launch(env []string, mode string) (*Process, error) {
 	name := "certmeshd"
 	if e.node != "server" {
 		name += "-" + e.node
 	}
-	p, err := e.Start(name, "certmeshd", append(e.ServerEnv(), env...), mode)
-	if err != nil {
-		return nil, err
-	}
-	err = Wait(ctx, "certmeshd to be ready", func(ctx context.Context) error {
+	return e.Start(name, "certmeshd", append(e.ServerEnv(), env...), mode)
+}
+
+func (e *Estate) awaitServer(ctx context.Context, p *Process) error {
+	return Wait(ctx, "certmeshd to be ready", func(ctx context.Context) error {
 		select {
 		case <-p.Exited():
 			return Stop(fmt.Errorf("certmeshd ended:\n%s", p.Tail(20)))
@@ -114,7 +122,6 @@ func (e *Estate) startServer(ctx context.Context, env []string, mode string) (*P
 		}
 		return e.Ready(ctx)
 	})
-	return p, err
 }
 
 // Ready asks the api listener whether the node takes work.
