@@ -6,4 +6,7 @@
 //
 // TestRolloverLeavesBehindWhoNeverHeard: an agent that was off for the whole of a forced rollover is refused afterwards,
 // and joins again with a new token. An aborted rollover leaves no trace at an agent.
+//
+// TestRolloverOfACluster, three nodes on PostgreSQL and two agents: a node that was dead for two steps comes back, the
+// leader dies before the last one; nodes and agents know one another in every phase.
 package rollover

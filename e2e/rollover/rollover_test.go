@@ -23,6 +23,7 @@ func TestMain(m *testing.M) { estatetest.Main(m) }
 // lab is an estate with an issuer and a rollover's console.
 type lab struct {
 	*estatetest.Lab
+	env   []string // of the console
 	near  *estate.Process
 	site  *estate.Site
 	roots string
@@ -34,6 +35,7 @@ const short = "CERTMESH_IDENTITY_TTL=1m"
 func newLab(t *testing.T) *lab {
 	t.Helper()
 	l := &lab{Lab: estatetest.Start(t, short)}
+	l.env = l.ServerEnv()
 	l.near, _ = l.Join(estate.AgentOptions{Name: "near"})
 	l.roots = estate.SelfSigned(l.Issuer("ca").ChainPEM)
 	var err error
@@ -47,7 +49,7 @@ func newLab(t *testing.T) *lab {
 
 // console runs a step next to the store.
 func (l *lab) console(args ...string) (string, error) {
-	out, err := l.Run(l.Ctx, "certmeshd", l.ServerEnv(), append([]string{"mesh", "rollover"}, args...)...)
+	out, err := l.Run(l.Ctx, "certmeshd", l.env, append([]string{"mesh", "rollover"}, args...)...)
 	return string(out), err
 }
 
@@ -114,7 +116,7 @@ func (l *lab) fingerprints() []string {
 // login logs in with a fingerprint and returns the environment of that profile.
 func (l *lab) login(name, fingerprint string) ([]string, error) {
 	l.T.Helper()
-	key, err := l.Run(l.Ctx, "certmeshd", l.ServerEnv(), "apikey", "create", "--name", name, "--role", "viewer")
+	key, err := l.Run(l.Ctx, "certmeshd", l.env, "apikey", "create", "--name", name, "--role", "viewer")
 	l.OK(err)
 	env := []string{"CERTMESH_CONFIG=" + l.Path(name+".yaml")}
 	_, err = l.Run(l.Ctx, "certmesh", append(env, "CERTMESH_API_KEY="+strings.TrimSpace(string(key))), "login", "--server", l.GRPC, "--ca-fingerprint", fingerprint)
