@@ -57,6 +57,17 @@ var suites = []suite{
 		title: "Latency, bursts and footprint",
 		pkg:   "./e2e/bench/renewals", bench: ".",
 		args: []string{"-benchtime=1x", "-timeout=10m"},
+		figures: []figure{
+			{what: "renew → deployed, verified and recorded, one by one; file target, the middle", bench: "Renewal/file", unit: "p50-ms", bar: "< 50 ms"},
+			{what: "the same, the slowest of a hundred", bench: "Renewal/file", unit: "p99-ms", bar: "< 250 ms"},
+			{what: "the same at an nginx, the middle", bench: "Renewal/nginx", unit: "p50-ms", bar: "< 150 ms", limit: reloadLimit},
+			{what: "1,000 renewals of one agent at once, file targets", bench: "Renewal/burst-file", unit: "s", bar: "< 3 s"},
+			{what: "1,000 renewals at once at one nginx: its reloads", bench: "Renewal/burst-nginx", unit: "reloads", bar: "≤ 20"},
+			{what: "agent binary, stripped", bench: "Footprint", unit: "agent-MB", bar: "< 30 MB"},
+			{what: "agent, resident while idle", bench: "Footprint", unit: "agent-MiB", bar: "< 30 MiB"},
+			{what: "server with SQLite, resident while idle", bench: "Footprint", unit: "server-MiB", bar: "< 60 MiB"},
+			{what: "server, start to ready on an existing database", bench: "Footprint", unit: "ready-ms", bar: "< 300 ms"},
+		},
 	},
 	{
 		title: "Fairness and overload",
@@ -79,6 +90,16 @@ var suites = []suite{
 		pkg:   "./controlplane/internal/store/storetest", bench: "BenchmarkBigTables",
 		args: []string{"-benchtime=1x", "-timeout=30m"},
 	},
+}
+
+// reloadLimit is what nginx itself takes to validate and load its configuration.
+func reloadLimit(r results) (string, bool) {
+	test, ok := r.median("Renewal/nginx", "nginx-test-ms")
+	if !ok {
+		return "", false
+	}
+	reload, ok := r.median("Renewal/nginx", "nginx-reload-ms")
+	return fmt.Sprintf("%.0f ms for `nginx -t` and `nginx -s reload`", test+reload), ok
 }
 
 // issueLimit is what the processors would give if nothing were lost between the parts: the cryptography and the lint, which
