@@ -494,7 +494,7 @@ func (n *simNode) propose(c *clusterpb.Command, outcome func(result)) {
 		if w.quorum && w.leader == n && !n.cut {
 			got = w.apply(c)
 		}
-		if w.chance(0.02) {
+		if !w.calm && w.chance(0.02) {
 			got = failed // It is decided, and its proposer does not get to know.
 		}
 		w.in(n, w.upTo(time.Second), func() { outcome(got) })
