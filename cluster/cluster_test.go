@@ -104,7 +104,10 @@ func configurationChanged() *clusterpb.Command {
 func TestOneNodeBeginsAlone(t *testing.T) {
 	t.Parallel()
 	e := clustertest.NewEstate(t)
-	n := e.Start(e.Config("n1", 1))
+	cfg := e.Config("n1", 1)
+	// It waits for nobody, so not for this either.
+	cfg.Timing.Heartbeat = clustertest.Patience
+	n := e.Start(cfg)
 	e.Leader(n)
 	if err := n.Propose(t.Context(), configurationChanged()); err != nil {
 		t.Fatal(err)

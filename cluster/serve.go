@@ -262,8 +262,8 @@ func (n *Node) lockMembership(ctx context.Context) (unlock func(), err error) {
 }
 
 // Propose decides a command: with nil, every node applies it, and this one has. Class Rejected with ErrNotLeader on every
-// other node; Unsupported while a member does not know the command; Conflict when it came too late (a lease's id is not the
-// highest). Retryable says nothing of whether it was decided.
+// other node; Unsupported while a member does not know the command; Invalid if it makes no sense; Conflict when it came
+// too late (a lease's id is not the highest). Retryable says nothing of whether it was decided.
 func (n *Node) Propose(ctx context.Context, c *clusterpb.Command) error {
 	if err := knownTo(n.machine.current().GetMembers(), since(c)); err != nil {
 		return err
@@ -274,6 +274,10 @@ func (n *Node) Propose(ctx context.Context, c *clusterpb.Command) error {
 	}
 	if len(data) > maxCommand {
 		return fault.New(fault.Exhausted, "a command of %d bytes is more than the Raft log takes", len(data))
+	}
+	// What makes no sense does not get into the log.
+	if _, err := fsm.Apply(n.machine.current(), data); errors.Is(err, fsm.ErrMalformed) {
+		return fault.Wrap(fault.Invalid, err, "the command cannot be applied")
 	}
 	if n.raft.State() != raft.Leader {
 		return n.notLeader()
@@ -290,8 +294,6 @@ func (n *Node) Propose(ctx context.Context, c *clusterpb.Command) error {
 		return nil
 	case errors.Is(err, fsm.ErrStale):
 		return fault.Wrap(fault.Conflict, err, "the command came too late")
-	case errors.Is(err, fsm.ErrMalformed):
-		return fault.Wrap(fault.Invalid, err, "the command cannot be applied")
 	default:
 		return fault.Wrap(fault.Unsupported, err, "this program is too old for the cluster")
 	}

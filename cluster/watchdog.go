@@ -19,7 +19,10 @@ func (n *Node) watchdog() {
 	for {
 		wait := silence
 		last := n.raft.LastContact()
-		if leader := n.leaderID(); n.raft.State() == raft.Follower && leader != "" && !last.IsZero() && !last.Equal(noticed) {
+		if n.raft.State() == raft.Follower && slices.Equal(n.voters(), []string{n.cfg.ID}) {
+			// There is nobody to hear of.
+			n.look()
+		} else if leader := n.leaderID(); n.raft.State() == raft.Follower && leader != "" && !last.IsZero() && !last.Equal(noticed) {
 			due := last.Add(silence + time.Duration(n.turn(leader))*silence/4 + time.Millisecond)
 			wait = time.Until(due) //nolint:forbidigo // Raft's times are the real clock's.
 			if wait <= 0 {
