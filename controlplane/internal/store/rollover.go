@@ -2,9 +2,11 @@ package store
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -328,19 +330,51 @@ var (
 // AcknowledgeTrust records which trust bundles agents have in force. A lower version than the one recorded changes
 // nothing.
 func (s *Store) AcknowledgeTrust(ctx context.Context, acks []domain.TrustAck) error {
+	// In the order of their keys, so that two nodes that write the same ones do not wait for each other; each once.
+	acks = slices.SortedFunc(slices.Values(acks), func(a, b domain.TrustAck) int {
+		return cmp.Or(strings.Compare(a.AgentID, b.AgentID), cmp.Compare(b.Version, a.Version))
+	})
+	acks = slices.CompactFunc(acks, func(a, b domain.TrustAck) bool { return a.AgentID == b.AgentID })
 	return chunks(acks, func(acks []domain.TrustAck) error {
 		// Each row stands for itself, and only rises.
 		return s.settledAt(ctx, "trust.acknowledge", sql.LevelReadCommitted, func(t *tx) error {
+			known, err := t.acknowledged(acks)
+			if err != nil {
+				return err
+			}
 			v := t.values("k text, n int, at int")
 			for _, a := range acks {
-				v.add(a.AgentID, a.Version, micro(a.At))
+				if a.Version > known[a.AgentID] {
+					v.add(a.AgentID, a.Version, micro(a.At))
+				}
 			}
-			_, err := t.exec(v.with()+`
+			if v.rows == 0 {
+				return nil
+			}
+			_, err = t.exec(v.with()+`
 INSERT INTO agent_trust (agent_id, version, at) SELECT k, n, at FROM v WHERE k IS NOT NULL
 ON CONFLICT (agent_id) DO UPDATE SET version = excluded.version, at = excluded.at WHERE agent_trust.version < excluded.version`, v.args...)
 			return err
 		})
 	})
+}
+
+// acknowledged is what is recorded of the agents. After a node's start all of its agents say again what is known.
+func (t *tx) acknowledged(acks []domain.TrustAck) (map[string]int64, error) {
+	ids := make([]string, len(acks))
+	for i, a := range acks {
+		ids[i] = a.AgentID
+	}
+	known := make(map[string]int64, len(acks))
+	in, args := inList(1, ids)
+	err := t.each("SELECT agent_id, version FROM agent_trust WHERE agent_id IN "+in, args, func(scan func(...any) error) error {
+		var id string
+		var version int64
+		err := scan(&id, &version)
+		known[id] = version
+		return err
+	})
+	return known, err
 }
 
 // RolloverProgress returns how far the rollover has come at a moment, with at most most agents and tokens that lag, the

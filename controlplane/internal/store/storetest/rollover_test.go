@@ -306,7 +306,8 @@ func TestRolloverWaitsForAgents(t *testing.T) {
 		}
 		ack(web, 2)
 		ack(web, 1) // late, and of no effect
-		ack(off, 1)
+		must(t, w.S.AcknowledgeTrust(ctx, []domain.TrustAck{{AgentID: off.ID, Version: 1, At: w.Now()}, {AgentID: "agt_0", Version: 1, At: w.Now()},
+			{AgentID: off.ID, Version: 0, At: w.Now()}}))
 		ack(long, 1)
 		must(t, w.S.RecordRejection(ctx, domain.StateRejection{AgentID: bare.ID, Kind: "trust_bundle", Version: 2, Reason: "no", At: w.Now()}))
 		p := progress(1)
