@@ -46,13 +46,12 @@ type Log struct {
 	end   int64 // of the records
 }
 
-// pending is a change that waits.
+// pending is a change that waits, a probe of the disk, or (pass) nothing but a place in the order.
 type pending struct {
-	name   string
-	data   []byte
-	remove bool
-	probe  bool
-	done   func(error)
+	name                string
+	data                []byte
+	remove, probe, pass bool
+	done                func(error)
 }
 
 const (
@@ -287,11 +286,12 @@ func (l *Log) commit(batch []pending) []error {
 	errs := make([]error, len(batch))
 	var records []byte
 	next := map[string][]byte{} // nil: removed
-	sync, fresh := false, l.file == nil
+	sync, probe := false, false
 	for i, p := range batch {
 		switch {
+		case p.pass:
 		case p.probe:
-			fresh = true
+			probe = true
 		case len(p.name) > math.MaxUint16 || len(p.data) > maxBlob:
 			errs[i] = fault.New(fault.Internal, "a blob of %d bytes cannot be stored", len(p.data))
 		case p.remove:
@@ -305,8 +305,11 @@ func (l *Log) commit(batch []pending) []error {
 			records = appendRecord(records, p.name, p.data, false)
 		}
 	}
+	if len(records) == 0 && !probe {
+		return errs
+	}
 	var err error
-	if fresh || l.end+int64(len(records)) > l.size || gone(l.file) {
+	if probe || l.file == nil || l.end+int64(len(records)) > l.size || gone(l.file) {
 		err = l.renew(next, int64(len(records)))
 	} else {
 		err = l.append(records, sync)
@@ -412,8 +415,11 @@ func (l *Log) renew(next map[string][]byte, room int64) (err error) {
 	return nil
 }
 
-// Close gives the file back; nothing may be under way. A later write opens it anew.
+// Close gives the file back after everything that was begun; nothing may be begun meanwhile. A later write makes a new one.
 func (l *Log) Close() error {
+	if err := wait(func(done func(error)) { l.enqueue(pending{pass: true, done: done}) }); err != nil {
+		return err
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.drop()

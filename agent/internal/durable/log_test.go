@@ -234,8 +234,14 @@ func TestLogTogether(t *testing.T) {
 	if names, _ := l.List(""); len(names) != 200 {
 		t.Errorf("%d blobs", len(names))
 	}
+	for i := range 20 {
+		l.Forget(fmt.Sprint("blob-", 3*i), nil)
+	}
 	if err := l.Close(); err != nil {
 		t.Error(err)
+	}
+	if seen, err := ReadLog(l.dir); err != nil || len(seen) != 180 {
+		t.Errorf("closed before it was done: %d blobs, %v", len(seen), err)
 	}
 }
 

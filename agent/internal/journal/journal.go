@@ -199,7 +199,7 @@ func (d *Disk) All() ([]*Entry, error) {
 	return out, nil
 }
 
-// Close gives the file back; nothing may be under way.
+// Close gives the file back after everything that was begun.
 func (d *Disk) Close() error { return d.files.Close() }
 
 func sortEntries(es []*Entry) {
