@@ -98,8 +98,13 @@ func enter(ctx context.Context, s *store.Store, c *config.Config, clk clockwork.
 	}
 }
 
+// serverClock is the clock that nodes have in common.
+type serverClock interface {
+	ServerTime(ctx context.Context) (time.Time, error)
+}
+
 // checkClock compares this node's clock with the database server's, by which the other nodes were judged as well.
-func checkClock(ctx context.Context, s *store.Store, clk clockwork.Clock, most time.Duration) error {
+func checkClock(ctx context.Context, s serverClock, clk clockwork.Clock, most time.Duration) error {
 	before := clk.Now()
 	theirs, err := s.ServerTime(ctx)
 	if err != nil {
