@@ -12,7 +12,7 @@ import (
 
 // newPermits makes this node's holder of permits toward external issuers. Who leads the cluster grants them.
 func (n *Node) newPermits(metrics prometheus.Registerer) (*permit.Permits, error) {
-	p, err := permit.New(context.Background(), permit.Config{Leaser: leaser{n}, Instance: n.member.node.Instance, Clock: n.clk, Log: n.log}) //nolint:forbidigo // permits end by Close
+	p, err := permit.New(context.Background(), permit.Config{Leaser: leaser{n}, Instance: n.member.node.Instance, Lease: n.cfg.Jobs.PermitLease, Clock: n.clk, Log: n.log}) //nolint:forbidigo // permits end by Close
 	if err != nil {
 		return nil, err
 	}
@@ -21,7 +21,7 @@ func (n *Node) newPermits(metrics prometheus.Registerer) (*permit.Permits, error
 
 // newGranter makes what grants permits while this node leads.
 func (n *Node) newGranter() (*permit.Leader, error) {
-	return permit.NewLeader(permit.LeaderConfig{Log: n.raft, Clock: n.clk, Logger: n.log,
+	return permit.NewLeader(permit.LeaderConfig{Log: n.raft, Lease: n.cfg.Jobs.PermitLease, Clock: n.clk, Logger: n.log,
 		Limits: func(string) permit.Limits { return permit.Limits{InFlight: n.cfg.Jobs.RenewalConcurrency} }})
 }
 

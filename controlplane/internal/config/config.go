@@ -110,6 +110,7 @@ type Scheduler struct {
 // Jobs bound the work.
 type Jobs struct {
 	RenewalConcurrency      int           `yaml:"renewal_concurrency" env:"CERTMESH_RENEWAL_CONCURRENCY" default:"25" doc:"Calls in flight toward one external issuer; 0 or less counts as 1. Our own CAs take none."`
+	PermitLease             time.Duration `yaml:"permit_lease" env:"CERTMESH_PERMIT_LEASE" default:"30s" doc:"How long permits toward an external issuer are leased to a node, the same on every node. One call takes at most two fifths of it; after a change of the leader such calls pause for about as long."`
 	AwaitingCSRTimeout      time.Duration `yaml:"awaiting_csr_timeout" env:"CERTMESH_JOB_AWAITING_CSR_TIMEOUT" default:"24h" doc:"How long a job may wait for a CSR while its agent is online."`
 	AwaitingApprovalTimeout time.Duration `yaml:"awaiting_approval_timeout" env:"CERTMESH_JOB_AWAITING_APPROVAL_TIMEOUT" default:"168h" doc:"How long a job may wait for an operator."`
 	RunningTimeout          time.Duration `yaml:"running_timeout" env:"CERTMESH_JOB_RUNNING_TIMEOUT" default:"30m" doc:"How long an accepted job may run without a result while its agent is online."`
