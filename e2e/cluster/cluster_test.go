@@ -15,7 +15,11 @@ import (
 	"github.com/certmesh/certmesh/e2e/estate/estatetest"
 )
 
-func TestMain(m *testing.M) { estatetest.Main(m) }
+func TestMain(m *testing.M) {
+	// Each test is three nodes, a database and agents.
+	estatetest.AtOnce = 2
+	estatetest.Main(m)
+}
 
 // cluster is three nodes in the hands of one test. Its command line asks the first of them unless told otherwise.
 type cluster struct {

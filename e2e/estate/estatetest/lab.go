@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +28,10 @@ const Patience = 8 * time.Minute
 // Long is Patience for the tool's own time limits.
 const Long = "5m"
 
+// AtOnce is how many tests run at the same time, unless -parallel says otherwise: they mostly wait for other processes. A
+// package whose tests start many sets it before Main.
+var AtOnce = 8
+
 // Main builds the binaries with the race detector into a temporary directory and runs the tests. CERTMESH_TEST_BIN names a
 // directory whose binaries are tried instead.
 func Main(m *testing.M) {
@@ -35,9 +40,8 @@ func Main(m *testing.M) {
 
 func run(m *testing.M) int {
 	flag.Parse()
-	// The tests mostly wait for other processes: more of them than processors may run at once.
 	if f := flag.Lookup("test.parallel"); f != nil && f.Value.String() == f.DefValue {
-		_ = flag.Set("test.parallel", "8") // a number is always accepted
+		_ = flag.Set("test.parallel", strconv.Itoa(AtOnce)) // a number is always accepted
 	}
 	if bin = os.Getenv("CERTMESH_TEST_BIN"); bin != "" {
 		return m.Run()
