@@ -34,7 +34,7 @@ type ProbeOptions struct {
 }
 
 // ProbeTLS connects to address (host:port) until a TLS handshake shows the leaf want, and returns what was seen. It asks
-// at least once and then at short, growing intervals until its timeout, because servers reload asynchronously: an old
+// at least once and then at intervals of a quarter of what it has waited until its timeout, because servers reload asynchronously: an old
 // worker may still answer after a successful reload. serverName is sent as SNI; empty sends none.
 //
 // The chain is not validated: the leaf's fingerprint says exactly what is to be served, whoever signed it.
@@ -52,7 +52,7 @@ func ProbeTLS(ctx context.Context, address, serverName string, want Fingerprint,
 	defer cancel()
 	// The last answer says more than a connection cut by the timeout.
 	var last error
-	for wait := probeFirst; ; wait = min(2*wait, probeLast) {
+	for waited, wait := time.Duration(0), probeFirst; ; waited, wait = waited+wait, min(max((waited+wait)/4, probeFirst), probeLast) {
 		leaf, err := probeOnce(ctx, address, serverName)
 		switch {
 		case err != nil:

@@ -294,6 +294,11 @@ const (
 	verifyLast  = 500 * time.Millisecond
 )
 
+// verifyAgain is how long to wait for the next look: a quarter of what was waited so far, so that no more than that is lost.
+func verifyAgain(waited time.Duration) time.Duration {
+	return min(max(waited/4, verifyFirst), verifyLast)
+}
+
 // verify asks until the wanted leaf is seen or the timeout has passed; at least once. A target without a verify address
 // is installed, not probed: the proof is zero then, and Current is read back by the caller.
 func (d *deployment) verify(ctx context.Context, timeout time.Duration) (target.Proof, error) {
@@ -304,7 +309,7 @@ func (d *deployment) verify(ctx context.Context, timeout time.Duration) (target.
 	ctx, cancel := context.WithTimeout(ctx, max(timeout, time.Second))
 	defer cancel()
 	until := d.e.cfg.Now().Add(timeout)
-	for wait := verifyFirst; ; wait = min(2*wait, verifyLast) {
+	for waited, wait := time.Duration(0), verifyFirst; ; waited, wait = waited+wait, verifyAgain(waited+wait) {
 		p, err := look(ctx)
 		want := d.mat.Leaf()
 		if err == nil && !bytes.Equal(p.Leaf[:], want[:]) {

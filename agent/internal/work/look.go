@@ -93,7 +93,7 @@ func (e *Engine) look(ctx context.Context, spec *agentpb.TargetSpec, want target
 	defer cancel()
 	until := e.cfg.Now().Add(timeout)
 	var last finding
-	for wait := verifyFirst; ; wait = min(2*wait, verifyLast) {
+	for waited, wait := time.Duration(0), verifyFirst; ; waited, wait = waited+wait, verifyAgain(waited+wait) {
 		f := e.glance(ctx, spec)
 		if ctx.Err() == nil || last.at.IsZero() {
 			last = f // one that the timeout cut says less than the one before
