@@ -3,15 +3,18 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"time"
 
+	"github.com/certmesh/certmesh/controlplane/internal/ca"
 	"github.com/certmesh/certmesh/controlplane/internal/domain"
 	"github.com/certmesh/certmesh/controlplane/internal/duty"
 	"github.com/certmesh/certmesh/controlplane/internal/gateway/crl"
 	"github.com/certmesh/certmesh/controlplane/internal/id"
 	"github.com/certmesh/certmesh/controlplane/internal/store"
+	"github.com/certmesh/certmesh/protocol/fault"
 )
 
 // Recovery says what a recovery did.
@@ -20,9 +23,14 @@ type Recovery = domain.Recovery
 // FoundLeaf is a leaf that an agent holds and that no version is known of.
 type FoundLeaf = domain.FoundLeaf
 
-// RecoverAfterRestore makes a database that was restored from a backup safe to go on with. No node may run: Conflict.
-func RecoverAfterRestore(ctx context.Context, c *Configuration) (Recovery, error) {
+// Relisted says what the CRLs of the lost time brought back.
+type Relisted = store.Relisted
+
+// RecoverAfterRestore makes a database that was restored from a backup safe to go on with, and brings back the revocations of
+// CRLs that were published after the backup. No node may run: Conflict.
+func RecoverAfterRestore(ctx context.Context, c *Configuration, crls []string) (Recovery, Relisted, error) {
 	var r Recovery
+	var back Relisted
 	err := alone(ctx, c, func(s *store.Store) error {
 		if c.loaded.Config.Store.Migrate {
 			if err := s.Migrate(ctx); err != nil {
@@ -32,15 +40,47 @@ func RecoverAfterRestore(ctx context.Context, c *Configuration) (Recovery, error
 		if err := s.CheckSchema(ctx); err != nil {
 			return err
 		}
+		lists, err := readCRLs(ctx, s, crls)
+		if err != nil {
+			return err
+		}
 		var names []string
 		for _, d := range duty.Table(duty.Deps{CRLs: &crl.Builder{}}) {
 			names = append(names, d.Name)
 		}
-		var err error
-		r, err = s.Recover(ctx, names, console())
-		return err
+		if r, err = s.Recover(ctx, names, console()); err != nil {
+			return err
+		}
+		for _, l := range lists {
+			x, err := s.Relist(ctx, l.IssuerID, l.Number, l.Entries, l.NotAfter, console())
+			back.Certificates = append(back.Certificates, x.Certificates...)
+			back.Versions, back.Unknown = back.Versions+x.Versions, back.Unknown+x.Unknown
+			if err != nil {
+				return err
+			}
+		}
+		return nil
 	})
-	return r, err
+	return r, back, err
+}
+
+// readCRLs reads all of them before anything is changed.
+func readCRLs(ctx context.Context, s *store.Store, files []string) ([]ca.Listed, error) {
+	cas, err := s.CAs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	lists := make([]ca.Listed, len(files))
+	for i, name := range files {
+		data, err := os.ReadFile(name)
+		if err != nil {
+			return nil, fault.Wrap(fault.Invalid, err, "--crl: the file cannot be read")
+		}
+		if lists[i], err = ca.ReadCRL(data, cas); err != nil {
+			return nil, fmt.Errorf("--crl %s: %w", name, err)
+		}
+	}
+	return lists, nil
 }
 
 // FoundLeaves lists the leaves that agents hold and that no version could be made of.

@@ -110,6 +110,12 @@ func (s *Store) alike(ctx context.Context, to *Store) ([]table, error) {
 			return nil, fault.New(fault.Invalid, "%s has schema version %d and this program copies version %d; bring it there with the certmeshd of that version (certmeshd migrate up)", side.name, has, wants)
 		}
 	}
+	if half, err := s.copying(ctx); half || err != nil {
+		if err == nil {
+			err = fault.New(fault.Invalid, "the source is being filled by a copy itself and is not complete; let that come to its end")
+		}
+		return nil, err
+	}
 	ours, err := s.tables(ctx)
 	if err != nil {
 		return nil, err

@@ -40,6 +40,11 @@ func (s *Store) AdoptLeaves(ctx context.Context, leaves []domain.FoundLeaf, op d
 
 func (t *tx) adopt(l domain.FoundLeaf, intentID string, op domain.Op) (domain.Adopted, error) {
 	known := domain.Adopted{Adoption: domain.AdoptionKnown}
+	// A serial that a CRL of before the restore listed: now it is known who has it.
+	if n, err := t.exec(`UPDATE found_leaf SET agent_id = $1, certificate_id = $2, generation = $3, der = $4, fingerprint = $5, not_after = $6
+WHERE issuer_id = $7 AND serial = $8 AND agent_id = ''`, l.AgentID, l.CertificateID, l.Generation, l.DER, l.Fingerprint, micro(l.NotAfter), l.IssuerID, l.Serial); err != nil || n > 0 {
+		return known, err
+	}
 	for _, table := range []string{"version", "found_leaf"} {
 		n, err := t.count("SELECT COUNT(*) FROM "+table+" WHERE issuer_id = $1 AND serial = $2", l.IssuerID, l.Serial)
 		if n > 0 || err != nil {

@@ -167,8 +167,10 @@ func TestCopyRefused(t *testing.T) {
 	other := NewWorld(t, lite)
 	_, err := copyAll(ctx, other.S, x.S, w.Op())
 	refused(err, fault.Conflict, "from another store")
-	// The source is one that is being filled: its note is no row of it.
-	refused(x.S.CheckSchema(ctx), fault.Invalid, "not complete")
+	// The source is one that is being filled.
+	y, _ := fresh()
+	_, err = copyAll(ctx, x.S, y.S, w.Op())
+	refused(err, fault.Invalid, "the source is being filled")
 	// The source goes on in between.
 	w.Pass(time.Hour)
 	w.Open(t, a.ID, "n1")

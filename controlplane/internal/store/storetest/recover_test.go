@@ -271,3 +271,54 @@ func TestReadmit(t *testing.T) {
 		}
 	})
 }
+
+// TestRelist: a CRL of the lost time brings its revocations back.
+func TestRelist(t *testing.T) {
+	t.Parallel()
+	Each(t, func(t *testing.T, e Engine) {
+		w := NewWorld(t, e)
+		ctx := t.Context()
+		a := w.Agent(t, "web1")
+		session := w.Open(t, a.ID, "n1")
+		issue := func(name string) (domain.Certificate, domain.Version) {
+			c, jobs := w.Order(t, name, domain.Policy{}, w.Target(t, a.ID, name).ID)
+			return c, w.Issue(t, jobs[0], session.Epoch, "key of "+name)[0].Version
+		}
+		kept, keptVersion := issue("kept.test")
+		lost, lostVersion := issue("lost.test")
+		w.recover(t)
+		end := w.Now().AddDate(5, 0, 0)
+		entries := []domain.RevokedEntry{{Serial: lostVersion.Serial, RevokedAt: w.Now(), Reason: 1}, {Serial: keptVersion.Serial, RevokedAt: w.Now(), Reason: 4},
+			{Serial: "dead01", RevokedAt: w.Now(), Reason: 5}}
+		number := w.Now().AddDate(1, 0, 0).UnixMilli()
+		must(t, w.S.SaveCRL(ctx, w.Duty(t, "crl"), domain.CRL{IssuerID: w.Issuer, Number: 1, DER: []byte{1}, ThisUpdate: w.Now(), NextUpdate: w.Now()}))
+		r, err := w.S.Relist(ctx, w.Issuer, number, entries, end, w.Op())
+		must(t, err)
+		if len(r.Certificates) != 1 || r.Certificates[0] != "lost.test" || r.Versions != 1 || r.Unknown != 1 {
+			t.Errorf("%+v", r)
+		}
+		if again, err := w.S.Relist(ctx, w.Issuer, number, entries, end, w.Op()); err != nil || len(again.Certificates)+int(again.Versions+again.Unknown) != 0 {
+			t.Errorf("again: %+v %v", again, err)
+		}
+		if v := w.View(t, lost.ID); v.Certificate.Status != domain.CertificateRevoked {
+			t.Errorf("%+v", v.Certificate)
+		}
+		if v := w.View(t, kept.ID); v.Certificate.Status == domain.CertificateRevoked {
+			t.Errorf("%+v", v.Certificate)
+		}
+		listed, err := w.S.Revoked(ctx, w.Issuer, w.Now())
+		if err != nil || len(listed) != 3 {
+			t.Errorf("%+v %v", listed, err)
+		}
+		if crl, err := w.S.CRL(ctx, w.Issuer, 0); err != nil || crl.Number != number {
+			t.Errorf("%+v %v", crl, err)
+		}
+		// Whoever has the unknown one says so, and it stays revoked.
+		w.adopt(t, w.lostLeaf(kept, a.ID, 2, "dead01"), domain.AdoptionKnown)
+		found, err := w.S.FoundLeaves(ctx)
+		if err != nil || len(found) != 1 || found[0].AgentID != a.ID || found[0].RevokedAt.IsZero() {
+			t.Errorf("%+v %v", found, err)
+		}
+		w.Check(t)
+	})
+}
