@@ -20,6 +20,7 @@ GOLANGCI     := $(TOOLS)/golangci-lint-$(call pinned,tools/lint,github.com/golan
 # What buf breaking compares with: the last release, before the first one the last commit.
 BUF_BASE     ?= $(shell $(GIT) describe --tags --abbrev=0 --match 'v*' 2>/dev/null || echo HEAD)
 
+CHAOS_MINUTES ?= 10
 CHAOS_ROUNDS ?= 200
 KEEP         ?=
 BASE         ?=
@@ -76,7 +77,8 @@ test-deps:
 	@tools/testdeps.sh
 
 .PHONY: chaos
-chaos: ## Kill server and agent CHAOS_ROUNDS times (200) at random moments, then at every single event
+chaos: ## Break a cluster's parts for CHAOS_MINUTES (10), a single server's CHAOS_ROUNDS times (200), then cut at every single event
+	CERTMESH_CHAOS_MINUTES=$(CHAOS_MINUTES) go test -v -count=1 -run TestCluster -timeout $$(($(CHAOS_MINUTES) + 20))m ./e2e/chaos
 	CERTMESH_CHAOS_ROUNDS=$(CHAOS_ROUNDS) go test -v -count=1 -run TestChaos -timeout 30m ./e2e/...
 	CERTMESH_CUT_EVERY=1 go test -v -count=1 -run CutAnywhere -timeout 30m ./controlplane/node
 

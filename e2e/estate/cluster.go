@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 )
@@ -19,9 +17,13 @@ type Cluster struct {
 	estate *Estate
 	Nodes  []*ClusterNode
 	DSN    string
+	// Database is what DSN names.
+	Database *Postgres
+	// Network carries what nodes, agents and the database say to one another; nil: they talk directly. In it the nodes are
+	// called by their ids and the database "database".
+	Network *Network
 
-	env          []string
-	stopPostgres func()
+	env []string
 }
 
 // ClusterNode is one node: an estate with ports and a data directory of its own, and the others' files.
@@ -30,17 +32,44 @@ type ClusterNode struct {
 	ID      string
 	Process *Process
 	env     []string
+	// mesh is where others reach the mesh listener.
+	mesh string
+}
+
+// ClusterOptions say what a cluster is like.
+type ClusterOptions struct {
+	Nodes int
+	// Durable makes a database that may be crashed.
+	Durable bool
+	// Network, if there is one, carries all connections but those of operators.
+	Network *Network
+	// Env is added to each node's environment.
+	Env []string
 }
 
 // NewCluster prepares n nodes on a PostgreSQL of the estate's own; none of them runs yet. env is added to each node's.
 func (e *Estate) NewCluster(ctx context.Context, n int, env ...string) (*Cluster, error) {
-	dsn, stop, err := e.StartPostgres(ctx)
+	return e.NewClusterOf(ctx, ClusterOptions{Nodes: n, Env: env})
+}
+
+// NewClusterOf prepares a cluster; none of its nodes runs yet.
+func (e *Estate) NewClusterOf(ctx context.Context, o ClusterOptions) (*Cluster, error) {
+	db, err := e.NewPostgres(ctx, o.Durable)
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{estate: e, DSN: dsn, stopPostgres: stop}
-	if err := c.prepare(n, env); err != nil {
-		stop()
+	c := &Cluster{estate: e, Database: db, DSN: db.DSN, Network: o.Network}
+	if c.Network != nil {
+		var at string
+		if at, err = c.Network.Expose("database", "unix", db.Socket); err == nil {
+			c.DSN = "postgres://postgres@" + at + "/postgres?sslmode=disable"
+		}
+	}
+	if err == nil {
+		err = c.prepare(o.Nodes, o.Env)
+	}
+	if err != nil {
+		db.Close()
 		return nil, err
 	}
 	return c, nil
@@ -76,10 +105,23 @@ func (c *Cluster) AddNode(id string) (*ClusterNode, error) {
 	if err := os.MkdirAll(e.Path(id), 0o700); err != nil {
 		return nil, err
 	}
-	m := &ClusterNode{Estate: e, ID: id, env: []string{"CERTMESH_NODE_ID=" + id, "CERTMESH_CLUSTER_TOKEN_FILE=" + e.Path(id, "token")}}
+	m := &ClusterNode{Estate: e, ID: id, mesh: e.Mesh, env: []string{"CERTMESH_NODE_ID=" + id, "CERTMESH_CLUSTER_TOKEN_FILE=" + e.Path(id, "token")}}
+	if c.Network != nil {
+		raft, err := c.Network.Expose(id, "tcp", e.Raft)
+		if err != nil {
+			return nil, err
+		}
+		if m.mesh, err = c.Network.Expose(id, "tcp", e.Mesh); err != nil {
+			return nil, err
+		}
+		m.env = append(m.env, "CERTMESH_CLUSTER_RAFT_ADDRESS="+raft, "CERTMESH_CLUSTER_MESH_ADDRESS="+m.mesh)
+	}
 	c.Nodes = append(c.Nodes, m)
 	return m, nil
 }
+
+// AddEnv adds to the environment of the node's later starts.
+func (m *ClusterNode) AddEnv(env ...string) { m.env = append(m.env, env...) }
 
 // NodeEnv is the environment of a node, for certmeshd's commands beside it.
 func (c *Cluster) NodeEnv(m *ClusterNode) []string {
@@ -91,7 +133,7 @@ func (c *Cluster) NodeEnv(m *ClusterNode) []string {
 func (c *Cluster) MeshAddresses() string {
 	all := make([]string, len(c.Nodes))
 	for i, m := range c.Nodes {
-		all[i] = m.Mesh
+		all[i] = m.mesh
 	}
 	return strings.Join(all, ",")
 }
@@ -113,9 +155,15 @@ func (c *Cluster) Enrol(ctx context.Context, m *ClusterNode) error {
 
 // LaunchNode starts a node, or starts it again.
 func (c *Cluster) LaunchNode(m *ClusterNode) error {
-	var err error
-	m.Process, err = m.launch(append(append(append([]string{}, c.env...), m.env...), "CERTMESH_CLUSTER_JOIN="+c.MeshAddresses()), "serve")
-	return err
+	p, err := m.launch(append(append(append([]string{}, c.env...), m.env...), "CERTMESH_CLUSTER_JOIN="+c.MeshAddresses()), "serve")
+	if err != nil {
+		return err
+	}
+	m.Process = p
+	if c.Network != nil {
+		c.Network.Party(m.ID, p.PID)
+	}
+	return nil
 }
 
 // StartNode is LaunchNode, and waits until the node is ready.
@@ -186,43 +234,10 @@ func (c *Cluster) Leader(ctx context.Context, not *ClusterNode) (*ClusterNode, e
 }
 
 // PauseDatabase stops the database's processes, so that it answers nobody and breaks no connection.
-func (c *Cluster) PauseDatabase() error { return c.signalDatabase(syscall.SIGSTOP) }
+func (c *Cluster) PauseDatabase() error { return c.Database.Signal(syscall.SIGSTOP) }
 
 // ResumeDatabase is its mirror image.
-func (c *Cluster) ResumeDatabase() error { return c.signalDatabase(syscall.SIGCONT) }
-
-// signalDatabase reaches the server and its backends, each of which is in a process group of its own.
-func (c *Cluster) signalDatabase(s syscall.Signal) error {
-	c.estate.mu.Lock()
-	defer c.estate.mu.Unlock()
-	for _, p := range c.estate.procs {
-		if p.Name != "postgres" {
-			continue
-		}
-		// The server first: it starts no more backends.
-		if err := syscall.Kill(p.PID(), s); err != nil {
-			return err
-		}
-		lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.PID()))
-		if err != nil {
-			return err
-		}
-		for _, list := range lists {
-			children, err := os.ReadFile(list)
-			if err != nil {
-				return err
-			}
-			for child := range strings.FieldsSeq(string(children)) {
-				pid, err := strconv.Atoi(child)
-				if err != nil {
-					return err
-				}
-				_ = syscall.Kill(pid, s) // it may have ended meanwhile
-			}
-		}
-	}
-	return nil
-}
+func (c *Cluster) ResumeDatabase() error { return c.Database.Signal(syscall.SIGCONT) }
 
 // LeaderOf reads the leader's id off what `certmeshd cluster status` prints.
 func LeaderOf(status string) string {
@@ -235,22 +250,12 @@ func LeaderOf(status string) string {
 }
 
 // Running reports whether the node's process lives.
-func (m *ClusterNode) Running() bool {
-	if m.Process == nil {
-		return false
-	}
-	select {
-	case <-m.Process.Exited():
-		return false
-	default:
-		return true
-	}
-}
+func (m *ClusterNode) Running() bool { return m.Process != nil && m.Process.Running() }
 
 // CloseCluster stops the nodes and the database.
 func (c *Cluster) CloseCluster() {
 	for _, m := range c.Nodes {
 		m.Close()
 	}
-	c.stopPostgres()
+	c.Database.Close()
 }

@@ -285,3 +285,15 @@ func Root() (string, error) {
 		}
 	}
 }
+
+// Pause waits for d, or until ctx ends: then false.
+func Pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -111,6 +112,39 @@ func (p *Process) Stop(patience time.Duration) error {
 	case <-t.C:
 		p.Kill()
 		return fmt.Errorf("%s did not stop within %s of SIGTERM", p.Name, patience)
+	}
+}
+
+// children are the ids of the processes that this one has started and that still live.
+func (p *Process) children() ([]int, error) {
+	lists, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", p.PID()))
+	if err != nil {
+		return nil, err
+	}
+	var all []int
+	for _, list := range lists {
+		text, err := os.ReadFile(list)
+		if err != nil {
+			return nil, err
+		}
+		for child := range strings.FieldsSeq(string(text)) {
+			pid, err := strconv.Atoi(child)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, pid)
+		}
+	}
+	return all, nil
+}
+
+// Running reports whether the process lives.
+func (p *Process) Running() bool {
+	select {
+	case <-p.exited:
+		return false
+	default:
+		return true
 	}
 }
 
