@@ -32,7 +32,7 @@ func start(t *testing.T, n int, env ...string) *cluster {
 	t.Helper()
 	l := estatetest.New(t)
 	// Safety nets and back-offs are not what is tried; waiting for them would only take time.
-	c, err := l.Estate.NewCluster(l.Ctx, n, append([]string{"CERTMESH_SCHEDULER_RETRY_INTERVAL=1s"}, env...)...)
+	c, err := l.NewCluster(l.Ctx, n, append([]string{"CERTMESH_SCHEDULER_RETRY_INTERVAL=1s"}, env...)...)
 	l.OK(err)
 	t.Cleanup(c.CloseCluster)
 	l.OK(c.StartAll(l.Ctx))
@@ -56,10 +56,10 @@ func (c *cluster) do(m *estate.ClusterNode, args ...string) string {
 // agent starts an agent that knows all nodes and has one target with one certificate, called as it is.
 func (c *cluster) agent(name string) *estate.Process {
 	c.T.Helper()
-	p, _ := c.Lab.Join(estate.AgentOptions{Name: name, Env: []string{"CERTMESH_SERVER_URL=" + c.MeshAddresses()}})
-	path := filepath.Join(c.Lab.SiteDir(name), name+".pem")
-	c.Lab.Do("targets", "create", name, "--agent", name, "--kind", "file", "--settings", fmt.Sprintf("{%q: %q}", "pem_path", path))
-	c.Lab.Do("certs", "create", name, "--dns", name+".example.test", "--issuer", "ca", "--target", name, "--wait", "--wait-timeout", estatetest.Long)
+	p, _ := c.Join(estate.AgentOptions{Name: name, Env: []string{"CERTMESH_SERVER_URL=" + c.MeshAddresses()}})
+	path := filepath.Join(c.SiteDir(name), name+".pem")
+	c.Do("targets", "create", name, "--agent", name, "--kind", "file", "--settings", fmt.Sprintf("{%q: %q}", "pem_path", path))
+	c.Do("certs", "create", name, "--dns", name+".example.test", "--issuer", "ca", "--target", name, "--wait", "--wait-timeout", estatetest.Long)
 	return p
 }
 
@@ -198,13 +198,13 @@ func TestQuorumLost(t *testing.T) {
 	_, err := last.WaitAgent(c.Ctx, nil, "east", "Online")
 	c.OK(err)
 	c.do(last, "certs", "renew", "east", "--wait", "--wait-timeout", estatetest.Long)
-	path := filepath.Join(c.Lab.SiteDir("east"), "more.pem")
+	path := filepath.Join(c.SiteDir("east"), "more.pem")
 	c.do(last, "targets", "create", "more", "--agent", "east", "--kind", "file", "--settings", fmt.Sprintf("{%q: %q}", "pem_path", path))
 	c.do(last, "certs", "create", "more", "--dns", "more.example.test", "--issuer", "ca", "--target", "more", "--wait", "--wait-timeout", estatetest.Long)
 	c.do(last, "certs", "revoke", "more", "--reason", "superseded")
 	var issuer estate.Issuer
 	c.OK(last.JSON(c.Ctx, &issuer, "issuers", "get", "ca"))
-	if status, body, err := last.Estate.Get(c.Ctx, "http://"+last.PKI+"/.well-known/pki/crl/"+issuer.ID); err != nil || status != 200 || len(body) == 0 {
+	if status, body, err := last.Get(c.Ctx, "http://"+last.PKI+"/.well-known/pki/crl/"+issuer.ID); err != nil || status != 200 || len(body) == 0 {
 		t.Errorf("the CRL without a leader: %d, %d bytes, %v", status, len(body), err)
 	}
 	c.once(last, []string{"east"}, 2)
@@ -360,7 +360,7 @@ func TestDatabaseAway(t *testing.T) {
 		return nil
 	})
 	for _, m := range c.Nodes {
-		if status, _, err := m.Estate.Get(c.Ctx, "https://"+m.API+"/health"); err != nil || status != 200 {
+		if status, _, err := m.Get(c.Ctx, "https://"+m.API+"/health"); err != nil || status != 200 {
 			t.Errorf("%s: /health without a database: %d %v", m.ID, status, err)
 		}
 		if text := c.status(m); !strings.Contains(text, "does not answer") {
