@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"runtime/pprof"
 	"sync"
 	"testing"
 	"time"
@@ -109,6 +110,8 @@ func (e *Estate) Stop(n *cluster.Node) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.t.Context()), Patience)
 	defer cancel()
 	if err := n.Stop(ctx); err != nil {
+		// Who holds it up?
+		_ = pprof.Lookup("goroutine").WriteTo(e.t.Output(), 2) // A help, no more.
 		e.t.Errorf("stop node %s: %v", n.ID(), err)
 	}
 }
