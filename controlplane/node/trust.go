@@ -199,7 +199,7 @@ func (t *trust) follow(ctx context.Context, told *int64, tell func(context.Conte
 	now, err := t.Store.MeshRevision(ctx)
 	if err != nil {
 		t.Log.Debug("the revision of the mesh CA was not read", "error", err)
-		return nil //nolint:nilerr // the next look reads it again
+		return nil // the next look reads it again
 	}
 	if now != t.revision.Load() {
 		if err := t.reload(ctx); err != nil {
