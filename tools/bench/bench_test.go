@@ -31,7 +31,7 @@ func read(t *testing.T, text string) results {
 func TestMarkdownShowsFiguresWithTheirLimits(t *testing.T) {
 	r := read(t, printed)
 	r.cores = 2
-	text := markdown(r, map[string][]string{"Issuance": {"Issue/sqlite"}}, 3*time.Minute)
+	text := markdown(r, map[string][]string{"Issuance": {"Issue/sqlite"}}, 3*time.Minute, false)
 	for _, want := range []string{"Test Processor", "| 1800 issued/s | ≥ 1,500/s | 5882/s with a store that costs nothing", "2667/s with the 750 µs", "| `Issue/sqlite` | 750 cpu-µs/op |"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("%q is not in\n%s", want, text)

@@ -8,6 +8,8 @@ type suite struct {
 	pkg   string
 	bench string   // regexp of -bench
 	args  []string // further arguments of go test in run
+	// short is the environment in which run fits into ten minutes; with -full it is left out.
+	short []string
 	// turns are the arguments in compare; nil: not compared. minute: also in the short form.
 	turns  []string
 	minute bool
@@ -72,7 +74,7 @@ var suites = []suite{
 	{
 		title: "Fairness and overload",
 		pkg:   "./controlplane/node", bench: "BenchmarkBurst|BenchmarkOverload|BenchmarkMalformed",
-		args: []string{"-benchtime=1x", "-timeout=10m"},
+		args: []string{"-benchtime=1x", "-timeout=10m"}, short: []string{"CERTMESH_BURST=1000"},
 		figures: []figure{
 			{what: "another owner's renewal beside a burst of orders, the slowest; SQLite", bench: "Burst/sqlite", unit: "max-ms", bar: "< 1,000 ms"},
 			{what: "the same, PostgreSQL", bench: "Burst/postgres", unit: "max-ms", bar: "< 1,000 ms"},
@@ -83,12 +85,42 @@ var suites = []suite{
 	{
 		title: "Streams",
 		pkg:   "./e2e/bench/streams", bench: "BenchmarkStreams",
-		args: []string{"-benchtime=1x", "-timeout=20m"},
+		args: []string{"-benchtime=1x", "-timeout=20m"}, short: []string{"STREAMS_AGENTS=2000"},
+		figures: []figure{
+			{what: "memory of a node for each idle agent, in use", bench: "Streams", unit: "node-B/agent", bar: "≤ bare + 12,288 B", limit: bareLimit("bare-B/stream")},
+			{what: "the same, resident", bench: "Streams", unit: "node-rss-B/agent", bar: "≤ bare + 12,288 B", limit: bareLimit("bare-rss-B/stream")},
+			{what: "one core while all are idle", bench: "Streams", unit: "idle-cpu-%", bar: "< 5 % with 10,000"},
+			{what: "all back after the server's restart", bench: "Streams", unit: "back-s", bar: "< 20 s with 10,000"},
+			{what: "a command to all, the last acknowledgement", bench: "Streams", unit: "ack-s", bar: "< 5 s with 10,000"},
+			{what: "a command beside agents that misbehave, to without", bench: "Streams", unit: "disturbed-ratio", bar: "≤ 1.2"},
+		},
 	},
 	{
 		title: "Big tables",
 		pkg:   "./controlplane/internal/store/storetest", bench: "BenchmarkBigTables",
-		args: []string{"-benchtime=1x", "-timeout=30m"},
+		args: []string{"-benchtime=1x", "-timeout=30m"}, short: []string{"CERTMESH_BIG_ROWS=30000"},
+		figures: bigFigures("sqlite", "postgres"),
+	},
+	{
+		title: "Three nodes, one database",
+		pkg:   "./controlplane/node", bench: "BenchmarkIssueNodes",
+		args: []string{"-benchtime=1x", "-timeout=10m"},
+		figures: []figure{
+			{what: "issuance by three nodes on the same cores, to one", bench: "IssueNodes/postgres", unit: "ratio", bar: "≥ 0.75"},
+		},
+	},
+	{
+		title: "Cluster",
+		pkg:   "./e2e/bench/cluster", bench: "BenchmarkCluster",
+		args: []string{"-benchtime=1x", "-timeout=30m"}, short: []string{"CLUSTER_KILLS=5", "CLUSTER_STREAMS=1000", "CLUSTER_AGENTS=300"},
+		figures: []figure{
+			{what: "`kill -9` of the leader → another leads, the middle", bench: "Cluster/failover", unit: "leads-p50-ms", bar: "< 3,000 ms, aim 1,000 ms"},
+			{what: "the same → all duties taken, the middle", bench: "Cluster/failover", unit: "duties-p50-ms", bar: "< 3,000 ms, aim 1,000 ms"},
+			{what: "streams of a dead node, all with other nodes", bench: "Cluster/reattach", unit: "back-s", bar: "< 10 s with 3,000"},
+			{what: "renewals of agents by three nodes on the same cores, to one", bench: "Cluster/rate", unit: "ratio", bar: "≥ 0.75"},
+			{what: "a wake-up through another node adds, the middle", bench: "Cluster/wake", unit: "added-p50-ms", bar: "< 5 ms"},
+			{what: "entries in Raft's log in an idle hour", bench: "Cluster/costs", unit: "raft-entries/hour", bar: "0"},
+		},
 	},
 }
 
@@ -126,4 +158,30 @@ func issueLimit(engine string) limit {
 		}
 		return text + fmt.Sprintf("; %.0f/s with the %.0f µs of processor that each takes here, database included", cores*1e6/total, total), true
 	}
+}
+
+// bareLimit is what a bare grpc-go server took for a stream in the same run.
+func bareLimit(unit string) limit {
+	return func(r results) (string, bool) {
+		v, ok := r.median("Streams", unit)
+		return fmt.Sprintf("%.0f B for a bare grpc-go stream", v), ok
+	}
+}
+
+// bigFigures are what is promised of large tables on each engine.
+func bigFigures(engines ...string) []figure {
+	var all []figure
+	for _, e := range engines {
+		for _, f := range []figure{
+			{what: "pages of every list, the slowest p50", unit: "list-worst-p50-ms", bar: "< 5 ms"},
+			{what: "pages of every list, the slowest p99", unit: "list-worst-p99-ms", bar: "< 10 ms"},
+			{what: "a page at full size, to one of 1,000 rows", unit: "list-median-ratio", bar: "1"},
+			{what: "a batch of 1,000 due renewals found", unit: "due-p50-ms", bar: "< 20 ms"},
+			{what: "the counts of the estate", unit: "counts-p50-ms", bar: "< 50 ms"},
+		} {
+			f.what, f.bench = f.what+"; "+e, "BigTables/"+e
+			all = append(all, f)
+		}
+	}
+	return all
 }

@@ -43,9 +43,9 @@ func (m Memory) over(n int) Memory {
 	return Memory{m.Resident / d, m.InUse / d, m.Heap / d, m.Stacks / d}
 }
 
-// memoryOf collects the garbage of a process and reads its memory. Each collection halves the stacks that are far larger
+// MemoryOf collects the garbage of a process and reads its memory. Each collection halves the stacks that are far larger
 // than what they hold, so that it takes some until they are as large as they stay.
-func memoryOf(ctx context.Context, pid int, debug string) (Memory, error) {
+func MemoryOf(ctx context.Context, pid int, debug string) (Memory, error) {
 	var m Memory
 	var text string
 	for range 4 {
@@ -86,8 +86,8 @@ func resident(pid int) (int64, error) {
 	return pages * int64(os.Getpagesize()), err
 }
 
-// cpuOf is the CPU time a process has used.
-func cpuOf(pid int) (time.Duration, error) {
+// CPU is the CPU time a process has used.
+func CPU(pid int) (time.Duration, error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, err
@@ -126,8 +126,8 @@ func get(ctx context.Context, url string) (string, error) {
 	return string(b), err
 }
 
-// metricsOf reads the node's metrics by their name and labels.
-func metricsOf(ctx context.Context, e *estate.Estate) (map[string]float64, error) {
+// Metrics reads the node's metrics by their name and labels.
+func Metrics(ctx context.Context, e *estate.Estate) (map[string]float64, error) {
 	status, body, err := e.Get(ctx, "https://"+e.API+"/metrics")
 	if err != nil {
 		return nil, err
@@ -149,8 +149,8 @@ func metricsOf(ctx context.Context, e *estate.Estate) (map[string]float64, error
 	return out, lines.Err()
 }
 
-// sum adds what begins with prefix.
-func sum(m map[string]float64, prefix string) float64 {
+// Sum adds what begins with prefix.
+func Sum(m map[string]float64, prefix string) float64 {
 	var s float64
 	for k, v := range m {
 		if strings.HasPrefix(k, prefix) {

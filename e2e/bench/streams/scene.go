@@ -72,7 +72,7 @@ type scene struct {
 	debug  string
 	env    []string
 	server *estate.Process
-	swarm  *swarm
+	swarm  *Swarm
 	f      Figures
 }
 
@@ -111,7 +111,7 @@ func Measure(ctx context.Context, o Options) (*Figures, error) {
 	s.f.Agents = o.Agents
 	defer func() {
 		if s.swarm != nil {
-			s.swarm.stop(30 * time.Second)
+			s.swarm.Stop(30 * time.Second)
 		}
 	}()
 	for _, step := range []struct {
@@ -151,7 +151,7 @@ func (s *scene) bare(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	before, err := memoryOf(ctx, server.PID(), addrs[1])
+	before, err := MemoryOf(ctx, server.PID(), addrs[1])
 	if err != nil {
 		return err
 	}
@@ -174,7 +174,7 @@ func (s *scene) bare(ctx context.Context) error {
 		return err
 	}
 	s.settle(ctx)
-	after, err := memoryOf(ctx, server.PID(), addrs[1])
+	after, err := MemoryOf(ctx, server.PID(), addrs[1])
 	s.f.Bare = after.minus(before).over(s.Agents)
 	return err
 }
@@ -198,11 +198,11 @@ func (s *scene) join(ctx context.Context) error {
 		return err
 	}
 	began := time.Now()
-	if s.swarm, err = startSwarm(ctx, s.Bin, s.Dir, s.swarmArgs("swarm", s.Agents)...); err != nil {
+	if s.swarm, err = StartSwarm(ctx, s.Bin, s.Dir, s.swarmArgs("swarm", s.Agents)...); err != nil {
 		return err
 	}
 	stop := s.profile(ctx, "join")
-	_, err = s.swarm.wait(ctx, "all to join", func(st swarmStatus) bool { return st.AllConnected > 0 })
+	_, err = s.swarm.Wait(ctx, "all to join", func(st SwarmStatus) bool { return st.AllConnected > 0 })
 	stop()
 	s.f.Joined = time.Since(began)
 	return err
@@ -226,7 +226,7 @@ func (s *scene) restart(ctx context.Context) error {
 	ready := time.Now()
 	s.f.Down = ready.Sub(killed)
 	stop := s.profile(ctx, "return")
-	st, err := s.swarm.wait(ctx, "all to come back", func(st swarmStatus) bool {
+	st, err := s.swarm.Wait(ctx, "all to come back", func(st SwarmStatus) bool {
 		return st.Connected >= int64(st.Healthy) && st.AllConnected > killed.UnixMicro()
 	})
 	stop()
@@ -235,11 +235,11 @@ func (s *scene) restart(ctx context.Context) error {
 	}
 	s.f.Back = max(time.UnixMicro(st.AllConnected).Sub(ready), 0)
 	s.f.Swarm = st.RSS / int64(s.Agents)
-	m, err := metricsOf(ctx, s.Estate)
+	m, err := Metrics(ctx, s.Estate)
 	if err != nil {
 		return err
 	}
-	s.f.Refused = sum(m, "certmesh_session_handshakes_refused_total")
+	s.f.Refused = Sum(m, "certmesh_session_handshakes_refused_total")
 	for _, line := range strings.Split(s.server.Log(), "\n")[lines:] {
 		var l struct {
 			Level string `json:"level"`
@@ -260,25 +260,25 @@ func (s *scene) restart(ctx context.Context) error {
 // idle watches the node while nothing happens, and compares its memory with that of a node without agents.
 func (s *scene) idle(ctx context.Context) error {
 	pause(ctx, s.Window) // the last of the return: sessions, states, first beats
-	before, err := metricsOf(ctx, s.Estate)
+	before, err := Metrics(ctx, s.Estate)
 	if err != nil {
 		return err
 	}
-	cpu, err := cpuOf(s.server.PID())
+	cpu, err := CPU(s.server.PID())
 	if err != nil {
 		return err
 	}
 	began := time.Now()
 	stop := s.profile(ctx, "idle")
 	pause(ctx, s.Window)
-	used, err := cpuOf(s.server.PID())
+	used, err := CPU(s.server.PID())
 	if err != nil {
 		return err
 	}
 	s.f.Window = time.Since(began)
 	stop()
 	s.f.CPU = float64(used-cpu) / float64(s.f.Window)
-	after, err := metricsOf(ctx, s.Estate)
+	after, err := Metrics(ctx, s.Estate)
 	if err != nil {
 		return err
 	}
@@ -289,7 +289,7 @@ func (s *scene) idle(ctx context.Context) error {
 			s.f.Writes[strings.TrimSuffix(name, `"}`)] = v - before[k]
 		}
 	}
-	full, err := memoryOf(ctx, s.server.PID(), s.debug)
+	full, err := MemoryOf(ctx, s.server.PID(), s.debug)
 	if err != nil {
 		return err
 	}
@@ -323,17 +323,17 @@ func (s *scene) empty(ctx context.Context) (Memory, error) {
 		return Memory{}, err
 	}
 	pause(ctx, time.Second)
-	return memoryOf(ctx, p.PID(), debug[0])
+	return MemoryOf(ctx, p.PID(), debug[0])
 }
 
 // command orders certificates on all agents.
 func (s *scene) command(ctx context.Context) error {
-	if _, err := s.swarm.tell(ctx, "targets"); err != nil {
+	if _, err := s.swarm.Tell(ctx, "targets"); err != nil {
 		return err
 	}
 	s.settle(ctx)
 	stop := s.profile(ctx, "command")
-	e, err := s.swarm.tell(ctx, "order")
+	e, err := s.swarm.Tell(ctx, "order")
 	stop()
 	if err != nil {
 		return err
@@ -354,22 +354,22 @@ func (s *scene) misbehave(ctx context.Context) error {
 	if s.f.Healthy, err = s.renew(ctx, certs); err != nil {
 		return err
 	}
-	var bad []*swarm
+	var bad []*Swarm
 	defer func() {
 		for _, b := range bad {
-			b.stop(30 * time.Second)
+			b.Stop(30 * time.Second)
 		}
 	}()
 	n := max(s.Agents/30, 1)
 	for _, kind := range []string{"half-open", "slow-reader", "never-accept"} {
-		b, err := startSwarm(ctx, s.Bin, s.Dir, s.swarmArgs(kind, n, "--bad", kind, "--bad-fraction", "1")...)
+		b, err := StartSwarm(ctx, s.Bin, s.Dir, s.swarmArgs(kind, n, "--bad", kind, "--bad-fraction", "1")...)
 		if err != nil {
 			return err
 		}
 		bad = append(bad, b)
 	}
 	for i, b := range bad {
-		st, err := b.wait(ctx, "bad agents", func(st swarmStatus) bool { return st.Bad >= int64(n) })
+		st, err := b.Wait(ctx, "bad agents", func(st SwarmStatus) bool { return st.Bad >= int64(n) })
 		if err != nil {
 			return err
 		}
@@ -377,7 +377,7 @@ func (s *scene) misbehave(ctx context.Context) error {
 		if i == 0 {
 			continue // half of its agents have no identity, the others hear nothing
 		}
-		if _, err := b.tell(ctx, "targets"); err != nil {
+		if _, err := b.Tell(ctx, "targets"); err != nil {
 			return err
 		}
 		// They will not do it; nobody waits for them.
@@ -394,7 +394,7 @@ func (s *scene) misbehave(ctx context.Context) error {
 func (s *scene) renew(ctx context.Context, certs int) (Command, error) {
 	var all []Command
 	for range 3 {
-		e, err := s.swarm.tell(ctx, fmt.Sprint("renew ", certs))
+		e, err := s.swarm.Tell(ctx, fmt.Sprint("renew ", certs))
 		if err != nil {
 			return Command{}, err
 		}

@@ -15,20 +15,20 @@ import (
 	"time"
 )
 
-// swarm is a running agentswarm.
-type swarm struct {
+// Swarm is a running agentswarm.
+type Swarm struct {
 	cmd    *exec.Cmd
 	in     io.WriteCloser
 	exited chan struct{}
 
 	mu     sync.Mutex
-	status swarmStatus
-	events map[string][]swarmEvent
+	status SwarmStatus
+	events map[string][]SwarmEvent
 	wake   chan struct{}
 }
 
-// swarmStatus is what agentswarm says of itself; see there.
-type swarmStatus struct {
+// SwarmStatus is what agentswarm says of itself; see there.
+type SwarmStatus struct {
 	Healthy      int   `json:"healthy"`
 	Joined       int64 `json:"joined"`
 	Connected    int64 `json:"connected"`
@@ -39,8 +39,8 @@ type swarmStatus struct {
 	RSS          int64 `json:"rss_bytes"`
 }
 
-// swarmEvent is anything else it says.
-type swarmEvent struct {
+// SwarmEvent is anything else it says.
+type SwarmEvent struct {
 	Event          string           `json:"event"`
 	Name           string           `json:"name"`
 	Error          string           `json:"error"`
@@ -54,7 +54,7 @@ type swarmEvent struct {
 	Notes          map[string]int64 `json:"notes"`
 }
 
-func startSwarm(ctx context.Context, bin, dir string, args ...string) (*swarm, error) {
+func StartSwarm(ctx context.Context, bin, dir string, args ...string) (*Swarm, error) {
 	cmd := exec.CommandContext(ctx, filepath.Join(bin, "agentswarm"), append([]string{"--json", "--every", "100ms"}, args...)...)
 	cmd.Dir, cmd.Stderr = dir, os.Stderr
 	cmd.WaitDelay = time.Second
@@ -70,7 +70,7 @@ func startSwarm(ctx context.Context, bin, dir string, args ...string) (*swarm, e
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	s := &swarm{cmd: cmd, in: in, exited: make(chan struct{}), events: map[string][]swarmEvent{}, wake: make(chan struct{}, 1)}
+	s := &Swarm{cmd: cmd, in: in, exited: make(chan struct{}), events: map[string][]SwarmEvent{}, wake: make(chan struct{}, 1)}
 	go func() {
 		s.read(out)
 		_ = cmd.Wait() // how it ended is in its output
@@ -79,10 +79,10 @@ func startSwarm(ctx context.Context, bin, dir string, args ...string) (*swarm, e
 	return s, nil
 }
 
-func (s *swarm) read(out io.Reader) {
+func (s *Swarm) read(out io.Reader) {
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
-		var e swarmEvent
+		var e SwarmEvent
 		if json.Unmarshal(lines.Bytes(), &e) != nil {
 			continue
 		}
@@ -100,14 +100,14 @@ func (s *swarm) read(out io.Reader) {
 	}
 }
 
-func (s *swarm) now() swarmStatus {
+func (s *Swarm) now() SwarmStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.status
 }
 
-// wait returns once holds says so of the newest status, or says what was missing.
-func (s *swarm) wait(ctx context.Context, what string, holds func(swarmStatus) bool) (swarmStatus, error) {
+// Wait returns once holds says so of the newest status, or says what was missing.
+func (s *Swarm) Wait(ctx context.Context, what string, holds func(SwarmStatus) bool) (SwarmStatus, error) {
 	for {
 		st := s.now()
 		if holds(st) {
@@ -123,16 +123,16 @@ func (s *swarm) wait(ctx context.Context, what string, holds func(swarmStatus) b
 	}
 }
 
-// tell has the swarm carry out a command and returns its outcome.
-func (s *swarm) tell(ctx context.Context, line string) (swarmEvent, error) {
+// Tell has the swarm carry out a command and returns its outcome.
+func (s *Swarm) Tell(ctx context.Context, line string) (SwarmEvent, error) {
 	s.mu.Lock()
 	had := len(s.events["command"])
 	s.mu.Unlock()
 	if _, err := io.WriteString(s.in, line+"\n"); err != nil {
-		return swarmEvent{}, err
+		return SwarmEvent{}, err
 	}
-	var e swarmEvent
-	_, err := s.wait(ctx, line, func(swarmStatus) bool {
+	var e SwarmEvent
+	_, err := s.Wait(ctx, line, func(SwarmStatus) bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if all := s.events["command"]; len(all) > had {
@@ -147,8 +147,8 @@ func (s *swarm) tell(ctx context.Context, line string) (swarmEvent, error) {
 	return e, err
 }
 
-// stop ends the swarm and returns what its agents noted.
-func (s *swarm) stop(patience time.Duration) map[string]int64 {
+// Stop ends the swarm and returns what its agents noted.
+func (s *Swarm) Stop(patience time.Duration) map[string]int64 {
 	_ = s.cmd.Process.Signal(syscall.SIGTERM) // it may have ended already
 	t := time.NewTimer(patience)
 	defer t.Stop()

@@ -38,7 +38,7 @@ type options struct {
 
 func main() {
 	var o options
-	flag.StringVar(&o.server, "server", "", "mesh listener of a node, `HOST:PORT`")
+	flag.StringVar(&o.server, "server", "", "mesh listeners of nodes, `HOST:PORT[,HOST:PORT…]`")
 	flag.StringVar(&o.token, "token", "", "join token for as many uses as there are agents; empty: made with --operator")
 	flag.StringVar(&o.operator, "operator", "", "profile `FILE` of the certmesh tool, for tokens, targets and orders")
 	flag.StringVar(&o.name, "name", "swarm", "agents are called NAME-1, NAME-2, …")

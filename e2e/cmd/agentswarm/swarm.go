@@ -134,7 +134,7 @@ func (v *virtual) run(ctx context.Context, dial agentd.DialFunc) {
 		dial = v.dial
 	}
 	err := agentd.Run(ctx, agentd.Config{
-		Servers: []string{s.o.server}, JoinToken: s.token, Name: fmt.Sprintf("%s-%d", s.o.name, v.number), InMemory: true,
+		Servers: strings.Split(s.o.server, ","), JoinToken: s.token, Name: fmt.Sprintf("%s-%d", s.o.name, v.number), InMemory: true,
 		Version: "swarm", Kinds: s.kinds, Facts: s.facts, Log: slog.New(counting{&s.notes}), Dial: dial,
 		WrapConn: func(c net.Conn) net.Conn { return &tracked{Conn: c, v: v} }, Welcomed: v.welcomed, Cut: v.point,
 	})
