@@ -1,0 +1,330 @@
+package cluster
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/certmesh/certmesh/e2e/bench/streams"
+	"github.com/certmesh/certmesh/e2e/estate"
+	operatorpb "github.com/certmesh/certmesh/protocol/operator/v1"
+)
+
+// middle of values, which it sorts.
+func middle(v []float64) float64 {
+	slices.Sort(v)
+	return v[len(v)/2]
+}
+
+// processor starts to count the processor time of nodes and of the database; the returned function says how much it was.
+func (s *scene) processor(nodes []*estate.ClusterNode) (func() (node, db time.Duration, err error), error) {
+	read := func() (node, db time.Duration, err error) {
+		for _, m := range nodes {
+			d, err := streams.CPU(m.Process.PID())
+			if err != nil {
+				return 0, 0, err
+			}
+			node += d
+		}
+		return node, serverCPU(s.server), nil
+	}
+	n, d, err := read()
+	return func() (time.Duration, time.Duration, error) {
+		n2, d2, err := read()
+		return n2 - n, d2 - d, err
+	}, err
+}
+
+// stat returns the fields of /proc/pid/stat from the state on, the third of all (proc(5)); nil: the process has ended.
+func stat(pid string) []string {
+	text, err := os.ReadFile(filepath.Join("/proc", pid, "stat"))
+	if err != nil {
+		return nil
+	}
+	_, rest, _ := strings.Cut(string(text), ") ")
+	if f := strings.Fields(rest); len(f) > waitedSystem {
+		return f
+	}
+	return nil
+}
+
+// Fields of stat.
+const parent, user, system, waitedSystem = 1, 11, 12, 14
+
+// serverCPU is the processor time of PostgreSQL's processes, those that ended included.
+func serverCPU(server int) time.Duration {
+	dirs, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0
+	}
+	var ticks int64
+	for _, d := range dirs {
+		f := stat(d.Name())
+		if f == nil {
+			continue
+		}
+		last := system
+		switch strconv.Itoa(server) {
+		case d.Name():
+			last = waitedSystem
+		case f[parent]:
+		default:
+			continue
+		}
+		for _, n := range f[user : last+1] {
+			v, _ := strconv.ParseInt(n, 10, 64) // the kernel writes numbers
+			ticks += v
+		}
+	}
+	return time.Duration(ticks) * (time.Second / 100) // USER_HZ is 100 on every Linux of today
+}
+
+// postmaster is the process id of the database's server, the parent of who serves us.
+func (s *scene) postmaster(ctx context.Context) (int, error) {
+	var pid int
+	if err := s.db.QueryRowContext(ctx, "SELECT pg_backend_pid()").Scan(&pid); err != nil {
+		return 0, err
+	}
+	f := stat(strconv.Itoa(pid))
+	if f == nil {
+		return 0, fmt.Errorf("the database's process %d is not to be seen", pid)
+	}
+	return strconv.Atoi(f[parent])
+}
+
+// counts are what the database and the nodes have counted so far.
+type counts struct{ commits, wal, size, raft, link float64 }
+
+func (s *scene) counted(ctx context.Context) (c counts, err error) {
+	err = s.db.QueryRowContext(ctx, `SELECT xact_commit + xact_rollback, pg_current_wal_insert_lsn() - '0/0', pg_database_size(current_database())
+FROM pg_stat_database WHERE datname = current_database()`).Scan(&c.commits, &c.wal, &c.size)
+	if err != nil {
+		return c, err
+	}
+	v, err := streams.Metrics(ctx, s.Nodes[0].Estate)
+	if err != nil {
+		return c, err
+	}
+	c.raft = v["certmesh_raft_applied_index"]
+	c.link, err = s.linked(ctx)
+	return c, err
+}
+
+// linked is how many messages nodes have sent to one another, pings and their answers left out.
+func (s *scene) linked(ctx context.Context) (float64, error) {
+	n := 0.0
+	for _, m := range s.Nodes {
+		v, err := streams.Metrics(ctx, m.Estate)
+		if err != nil {
+			return 0, err
+		}
+		for k, x := range v {
+			if strings.HasPrefix(k, "certmesh_link_sent_total") && !strings.Contains(k, "ping") && !strings.Contains(k, "pong") && !strings.Contains(k, "clock") {
+				n += x
+			}
+		}
+	}
+	return n, nil
+}
+
+// statements is how many statements the database was asked while do ran, each a round trip.
+func (s *scene) statements(ctx context.Context, do func() error) (int, error) {
+	set := func(what string) error {
+		for _, q := range []string{"ALTER SYSTEM SET log_statement = " + what, "SELECT pg_reload_conf()"} {
+			if _, err := s.db.ExecContext(ctx, q); err != nil {
+				return err
+			}
+		}
+		pause(ctx, 500*time.Millisecond) // each backend hears of it by a signal
+		return nil
+	}
+	count := func() (int, error) {
+		text, err := os.ReadFile(s.estate.Path("postgres.log"))
+		return strings.Count(string(text), "LOG:  execute") + strings.Count(string(text), "LOG:  statement:"), err
+	}
+	if err := set("'all'"); err != nil {
+		return 0, err
+	}
+	before, err := count()
+	if err != nil {
+		return 0, err
+	}
+	if err := do(); err != nil {
+		return 0, err
+	}
+	after, err := count()
+	if err != nil {
+		return 0, err
+	}
+	return after - before, set("'none'")
+}
+
+// memory is what all nodes have in use, in bytes.
+func (s *scene) memory(ctx context.Context) (int64, error) {
+	var n int64
+	for _, m := range s.Nodes {
+		x, err := streams.MemoryOf(ctx, m.Process.PID(), s.debug[m])
+		if err != nil {
+			return 0, err
+		}
+		n += x.InUse
+	}
+	return n, nil
+}
+
+// spent is what a stretch of time or work took.
+type spent struct {
+	node, db time.Duration
+	counts
+	took time.Duration
+}
+
+func (s *scene) spend(ctx context.Context, do func() error) (x spent, err error) {
+	used, err := s.processor(s.Nodes)
+	if err != nil {
+		return x, err
+	}
+	before, err := s.counted(ctx)
+	if err != nil {
+		return x, err
+	}
+	began := time.Now()
+	if err := do(); err != nil {
+		return x, err
+	}
+	x.took = time.Since(began)
+	if x.node, x.db, err = used(); err != nil {
+		return x, err
+	}
+	after, err := s.counted(ctx)
+	x.counts = counts{after.commits - before.commits, after.wal - before.wal, after.size - before.size, after.raft - before.raft, after.link - before.link}
+	return x, err
+}
+
+// costs measures what nodes and database take for one of each thing that there are many of. Windows are quiet stretches
+// shorter than the time between two beats of an agent.
+func (s *scene) costs(ctx context.Context, agents, renewals, watches int, window time.Duration) ([]figure, error) {
+	quiet := func() error { pause(ctx, window); return nil }
+	empty, err := s.spend(ctx, quiet)
+	if err != nil {
+		return nil, err
+	}
+	bytes0, err := s.memory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w, err := s.swarm(ctx, s.MeshAddresses(), agents)
+	if err != nil {
+		return nil, err
+	}
+	pause(ctx, window) // what joining left behind
+	since := time.Now()
+	idle, err := s.spend(ctx, quiet)
+	if err != nil {
+		return nil, err
+	}
+	var beats float64
+	if err := s.db.QueryRowContext(ctx, "SELECT count(*) FROM agent WHERE last_seen >= $1", since.UnixMicro()).Scan(&beats); err != nil {
+		return nil, err
+	}
+	bytes1, err := s.memory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range []string{"targets", "order", "renew"} {
+		if _, err := w.Tell(ctx, c); err != nil {
+			return nil, err
+		}
+	}
+	renew := func() error {
+		for range renewals {
+			if _, err := w.Tell(ctx, "renew"); err != nil {
+				return err
+			}
+			if err := s.settled(ctx); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	work, err := s.spend(ctx, renew)
+	if err != nil {
+		return nil, err
+	}
+	var clients float64
+	err = s.db.QueryRowContext(ctx, "SELECT count(*) - 1 FROM pg_stat_activity WHERE backend_type = 'client backend'").Scan(&clients)
+	if err != nil {
+		return nil, err
+	}
+	asked, err := s.statements(ctx, func() error {
+		if _, err := w.Tell(ctx, "renew"); err != nil {
+			return err
+		}
+		return s.settled(ctx)
+	})
+	if err != nil {
+		return nil, err
+	}
+	bytes2, err := s.memory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	stop, err := s.watch(ctx, watches)
+	if err != nil {
+		return nil, err
+	}
+	defer stop()
+	bytes3, err := s.memory(ctx)
+	if err != nil {
+		return nil, err
+	}
+	watched, err := s.spend(ctx, renew)
+	if err != nil {
+		return nil, err
+	}
+	µs := func(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
+	per := func(v, n float64) float64 { return v / max(n, 1) }
+	done := float64(renewals * agents)
+	perHour := 3600 / (empty.took + idle.took).Seconds()
+	return []figure{
+		{"B/agent", float64(bytes1-bytes0) / float64(agents)}, {"B/watch", float64(bytes3-bytes2) / float64(watches)},
+		{"idle-cpu-%/node", 100 * empty.node.Seconds() / empty.took.Seconds() / float64(len(s.Nodes))},
+		{"idle-db-cpu-%", 100 * empty.db.Seconds() / empty.took.Seconds()},
+		{"beats", beats}, {"cpu-µs/beat", math.Max(0, per(µs(idle.node-empty.node), beats))}, {"db-cpu-µs/beat", math.Max(0, per(µs(idle.db-empty.db), beats))},
+		{"wal-B/beat", math.Max(0, per(idle.wal-empty.wal, beats))}, {"tx/beat", math.Max(0, per(idle.commits-empty.commits, beats))},
+		{"cpu-µs/renewal", µs(work.node) / done}, {"db-cpu-µs/renewal", µs(work.db) / done}, {"wal-B/renewal", work.wal / done},
+		{"size-B/renewal", work.size / done}, {"tx/renewal", work.commits / done}, {"statements/renewal", float64(asked) / float64(agents)},
+		{"link-msgs/renewal", work.link / done}, {"raft-entries/renewal", work.raft / done},
+		{"raft-entries/hour", (empty.raft + idle.raft) * perHour}, {"renewals/s", done / work.took.Seconds()},
+		{"cpu-µs/renewal/watch", µs(watched.node-work.node) / done / float64(watches)}, {"db-conns/node", clients / float64(len(s.Nodes))},
+	}, nil
+}
+
+// watch opens so many watches of everything, spread over the nodes.
+func (s *scene) watch(ctx context.Context, n int) (stop func(), err error) {
+	ctx, stop = context.WithCancel(ctx)
+	for i := range n {
+		st, err := s.ops[s.Nodes[i%len(s.Nodes)]].System.Watch(ctx, &operatorpb.WatchRequest{})
+		if err == nil {
+			_, err = st.Recv()
+		}
+		if err != nil {
+			stop()
+			return nil, fmt.Errorf("watch %d: %w", i+1, err)
+		}
+		go func() {
+			for {
+				if _, err := st.Recv(); err != nil {
+					return
+				}
+			}
+		}()
+	}
+	return stop, nil
+}
