@@ -212,9 +212,12 @@ func (n *Node) Stop(ctx context.Context) error {
 			n.parts.permits.Close()
 		}
 		if n.raft != nil {
-			if err := n.raft.Stop(ctx); err != nil {
+			// What is lost with it is made anew; the calls in flight below are not.
+			stopping, cancel := context.WithTimeout(ctx, leaveTimeout)
+			if err := n.raft.Stop(stopping); err != nil {
 				errs = append(errs, fmt.Errorf("stop Raft: %w", err))
 			}
+			cancel()
 		}
 		if n.links != nil {
 			n.links.Stop()
