@@ -355,15 +355,6 @@ func gone(f *os.File) bool {
 	return unix.Fstat(int(f.Fd()), &st) != nil || st.Nlink == 0
 }
 
-func fdatasync(f *os.File) error {
-	for {
-		err := unix.Fdatasync(int(f.Fd()))
-		if !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
-}
-
 func (l *Log) drop() {
 	if l.file != nil {
 		_ = l.file.Close() // nothing of it is needed
