@@ -188,11 +188,10 @@ func (m *Mesh) PushState(agentID string) {
 	m.tell(&clusterpb.LinkRequest{Message: &clusterpb.LinkRequest_PushState{PushState: &clusterpb.PushState{AgentId: agentID}}})
 }
 
-// Trigger asks a node to run a duty soon.
-func (m *Mesh) Trigger(nodeID, duty string) {
-	if p := m.peer(nodeID); p != nil {
-		p.out.push(&clusterpb.LinkRequest{Message: &clusterpb.LinkRequest_Trigger{Trigger: &clusterpb.Trigger{Duty: duty}}})
-	}
+// Trigger asks every node to run a duty soon if it leads. All are asked, because around an election the caller may not know
+// who does, or be wrong about it.
+func (m *Mesh) Trigger(duty string) {
+	m.tell(&clusterpb.LinkRequest{Message: &clusterpb.LinkRequest_Trigger{Trigger: &clusterpb.Trigger{Duty: duty}}})
 }
 
 // Up reports which nodes this one has a link to, in both directions.

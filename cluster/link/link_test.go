@@ -190,7 +190,8 @@ func TestNodesTellEachOther(t *testing.T) {
 	a.wait(t, "changed 2 false", 1)
 	c.Mesh.PushState("")
 	b.wait(t, "push ", 1)
-	b.Mesh.Trigger("c", "renewal_check")
+	b.Mesh.Trigger("renewal_check")
+	a.wait(t, "trigger renewal_check", 1)
 	c.wait(t, "trigger renewal_check", 1)
 	a.Mesh.Wake("nobody", []string{"agt_1"}) // a node that is not known any more is no error
 }

@@ -153,13 +153,6 @@ func (n *Node) addressesOf(wanted func(id string) bool) []string {
 // the first link is opened.
 func (n *Node) alone() bool { return len(n.links.Up()) == 0 }
 
-// triggerLeader asks the node that leads to run a duty.
-func (n *Node) triggerLeader(duty string) {
-	if id, _ := n.raft.Leader(); id != "" && id != n.cfg.Node.ID {
-		n.links.Trigger(id, duty)
-	}
-}
-
 // remoteWake passes wakes on; an empty node stands for all others.
 func (n *Node) remoteWake(nodeID string, agentIDs []string) {
 	if nodeID == "" {
@@ -218,6 +211,7 @@ func (t *told) Changed(resources []*clusterpb.Resource, more bool) {
 func (t *told) Resync(nodeID string) {
 	t.n.log.Info("another node has opened a link", "node", nodeID)
 	t.sessions().Resync()
+	t.n.parts.duties.TriggerAllHeld()
 	t.n.parts.changes.Relay(nil, true)
 }
 

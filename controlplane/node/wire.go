@@ -67,7 +67,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 		Nodes: n.otherNodes, Reachable: n.livingNodes, Alone: n.alone, RemoteWake: n.remoteWake, RemoteDisconnect: n.links.Disconnect, RemotePushState: n.links.PushState}); err != nil {
 		return nil, err
 	}
-	if p.duties, err = duty.NewRunner(duty.Config{Node: n.cfg.Node.ID, Elected: true, RemoteTrigger: n.triggerLeader, Store: n.store, Clock: n.clk, Log: n.log, Metrics: metrics,
+	if p.duties, err = duty.NewRunner(duty.Config{Node: n.cfg.Node.ID, Elected: true, RemoteTrigger: func(d string) { n.links.Trigger(d) }, Store: n.store, Clock: n.clk, Log: n.log, Metrics: metrics,
 		Duties: duty.Table(duty.Deps{Node: n.cfg.Node.ID, Store: n.store, Settings: n.dutySettings(), Since: n.clk.Now(), Wake: p.sessions.Wake,
 			WakeHeld: p.sessions.WakeLocal, Log: n.log,
 			CRLs: &crl.Builder{Store: n.store, Signer: authorities.signer, Validity: n.cfg.PKI.CRLValidity, Log: n.log}})}); err != nil {

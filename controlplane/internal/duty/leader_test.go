@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -314,5 +315,74 @@ func TestTriggersGoToTheLeader(t *testing.T) {
 	r.TriggerHeld("b")
 	if one, two := receive(t, ran, "a run"), receive(t, ran, "another"); one == two || one > "b" || two > "b" || len(asked) != 0 {
 		t.Errorf("ran %s and %s; asked %d", one, two, len(asked))
+	}
+	// A link was lost and made anew: what was asked over it is not known.
+	r.TriggerAllHeld()
+	seen := map[string]bool{}
+	for range 3 {
+		seen[receive(t, ran, "a run")] = true
+	}
+	if len(seen) != 3 || len(asked) != 0 {
+		t.Errorf("ran %v, asked %d", seen, len(asked))
+	}
+	r.Lapse()
+	r.TriggerAllHeld()
+	if len(ran) != 0 {
+		t.Errorf("ran %d without leading", len(ran))
+	}
+}
+
+// TestTriggerOutlivesTheTerm: who is asked to run a duty and finds out that another has taken it passes the request on.
+func TestTriggerOutlivesTheTerm(t *testing.T) {
+	t.Parallel()
+	s, clk := newFences(), clockwork.NewFakeClock()
+	asked := make(chan string, 8)
+	r, ran := member(t, "n1", s, clk, func(c *Config) { c.RemoteTrigger = func(d string) { asked <- d } })
+	if err := r.Lead(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		receive(t, ran, "first run")
+	}
+	if _, err := s.TakeDuty(t.Context(), "a", "n2", clk.Now()); err != nil {
+		t.Fatal(err)
+	}
+	r.Trigger("a") // this node believes to lead
+	receive(t, ran, "a run that is refused")
+	if d := receive(t, asked, "the request to be passed on"); d != "a" {
+		t.Errorf("asked for %s", d)
+	}
+}
+
+// TestFailedRunIsRepeated: what a trigger asked for is done soon after a failure, not an interval later.
+func TestFailedRunIsRepeated(t *testing.T) {
+	t.Parallel()
+	s, clk := newFences(), clockwork.NewFakeClock()
+	var away atomic.Bool
+	r, ran := member(t, "n1", s, clk, func(c *Config) {
+		run := c.Duties[0].Run
+		c.Duties[0].Run = func(ctx context.Context, f domain.Fence, now time.Time) (time.Time, error) {
+			if _, err := run(ctx, f, now); err != nil || !away.Load() {
+				return time.Time{}, err
+			}
+			return time.Time{}, fault.New(fault.Retryable, "the database does not answer")
+		}
+	})
+	if err := r.Lead(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		receive(t, ran, "first run")
+	}
+	away.Store(true)
+	r.Trigger("a")
+	receive(t, ran, "a run that fails")
+	away.Store(false)
+	if err := clk.BlockUntilContext(t.Context(), 4); err != nil {
+		t.Fatal(err)
+	}
+	clk.Advance(failPause)
+	if d := receive(t, ran, "the run after it"); d != "a" {
+		t.Errorf("ran %s", d)
 	}
 }

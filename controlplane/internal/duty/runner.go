@@ -53,7 +53,7 @@ type Config struct {
 	Store  Taker
 	// Elected: this node leads between Lead and Lapse only. Otherwise it leads from the start, and for good.
 	Elected bool
-	// RemoteTrigger asks the node that leads to run a fenced duty soon; nil when there is no other. It must not block.
+	// RemoteTrigger asks whichever other node leads to run a fenced duty soon; nil when there is no other. It must not block.
 	RemoteTrigger func(duty string)
 	Clock         clockwork.Clock
 	Log           *slog.Logger
@@ -112,6 +112,9 @@ const (
 	minPause = 200 * time.Millisecond
 	// takePause is when a fence that could not be taken, or was lost, is taken anew.
 	takePause = 2 * time.Second
+	// failPause is when a duty that failed is run anew, unless its interval is shorter: soon after a database that was away
+	// for a moment, seldom enough for what goes on failing.
+	failPause = 10 * time.Second
 )
 
 // NewRunner checks the table and prepares a Runner.
@@ -246,6 +249,23 @@ func (r *Runner) Trigger(name string) { r.trigger(name, r.cfg.RemoteTrigger) }
 // TriggerHeld is Trigger for what another node asked: it is not passed on if this node does not lead any more.
 func (r *Runner) TriggerHeld(name string) { r.trigger(name, nil) }
 
+// TriggerAllHeld asks for a run of every fenced duty if this node leads: what other nodes asked for may have been lost.
+func (r *Runner) TriggerAllHeld() {
+	for _, l := range r.loops {
+		if l.Fenced && r.Leads() {
+			l.signal()
+		}
+	}
+}
+
+// passOn asks the other nodes for a run that may have been asked for here, and that this node could not do because it does
+// not lead any more: whoever asked believed that it did.
+func (r *Runner) passOn(l *loop) {
+	if r.cfg.RemoteTrigger != nil {
+		r.cfg.RemoteTrigger(l.Name)
+	}
+}
+
 func (r *Runner) trigger(name string, elsewhere func(string)) {
 	for _, l := range r.loops {
 		switch {
@@ -290,6 +310,7 @@ func (r *Runner) run(ctx context.Context, l *loop) {
 		if l.Fenced {
 			t := r.leading()
 			if t == nil {
+				r.passOn(l)
 				continue
 			}
 			if l.held != t {
@@ -333,6 +354,7 @@ func (r *Runner) once(ctx context.Context, l *loop) time.Time {
 	start := r.cfg.Clock.Now()
 	next, err := r.guarded(ctx, l, start)
 	if l.Fenced && r.leading() != l.held {
+		r.passOn(l)
 		return time.Time{} // what it says of itself was said without the duty
 	}
 	r.seconds.WithLabelValues(l.Name).Observe(r.cfg.Clock.Since(start).Seconds())
@@ -345,6 +367,7 @@ func (r *Runner) once(ctx context.Context, l *loop) time.Time {
 		// only where a leader that was taken over is told so: two nodes that nobody elects would take it from each other.
 		outcome, next = "lost", time.Time{}
 		l.fence = domain.Fence{}
+		r.passOn(l)
 		if r.cfg.Elected {
 			next = start.Add(takePause)
 		}
@@ -356,6 +379,8 @@ func (r *Runner) once(ctx context.Context, l *loop) time.Time {
 		if p := (*panicked)(nil); errors.As(err, &p) {
 			outcome = "panic"
 		}
+		// What was to be done is still to be done, and the trigger that told of it is used up.
+		next = start.Add(failPause)
 		if l.Fenced && l.fence.Epoch == 0 {
 			next = start.Add(takePause)
 		}
