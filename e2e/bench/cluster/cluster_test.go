@@ -113,7 +113,9 @@ func BenchmarkCluster(b *testing.B) {
 		{"reattach", func(ctx context.Context, b *testing.B) ([]figure, error) {
 			return three(ctx, b, bin).reattach(ctx, number(b, "CLUSTER_STREAMS", 3000))
 		}},
-		{"wake", func(ctx context.Context, b *testing.B) ([]figure, error) { return three(ctx, b, bin).wake(ctx, 100) }},
+		{"wake", func(ctx context.Context, b *testing.B) ([]figure, error) {
+			return three(ctx, b, bin).wake(ctx, number(b, "CLUSTER_WAKES", 100))
+		}},
 		{"rate", func(ctx context.Context, b *testing.B) ([]figure, error) {
 			return rates(ctx, bin, b.TempDir(), agents, 5)
 		}},

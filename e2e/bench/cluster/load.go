@@ -112,24 +112,22 @@ func (s *scene) wake(ctx context.Context, times int) ([]figure, error) {
 	}
 	defer a.end()
 	var all [2][]time.Duration
-	sent, err := s.linked(ctx)
-	if err != nil {
-		return nil, err
-	}
 	const warm = 3
-	for i := range times + warm {
-		for j := range 2 {
-			which := (i + j) % 2
-			took, err := a.renew(ctx, s.Nodes[1+which])
-			if err != nil {
-				return nil, err
-			}
-			if i >= warm {
-				all[which] = append(all[which], took)
+	work, err := s.spend(ctx, func() error {
+		for i := range times + warm {
+			for j := range 2 {
+				which := (i + j) % 2
+				took, err := a.renew(ctx, s.Nodes[1+which])
+				if err != nil {
+					return err
+				}
+				if i >= warm {
+					all[which] = append(all[which], took)
+				}
 			}
 		}
-	}
-	after, err := s.linked(ctx)
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -144,10 +142,12 @@ func (s *scene) wake(ctx context.Context, times int) ([]figure, error) {
 	if err != nil {
 		return nil, err
 	}
+	done := float64(2 * (times + warm))
 	same, other := quantile(all[0], 0.5), quantile(all[1], 0.5)
 	return []figure{{"same-p50-ms", ms(same)}, {"other-p50-ms", ms(other)}, {"added-p50-ms", ms(other - same)},
 		{"same-p99-ms", ms(quantile(all[0], 0.99))}, {"other-p99-ms", ms(quantile(all[1], 0.99))},
-		{"link-msgs/renewal", (after - sent) / float64(2*(times+warm))}, {"statements/renewal", float64(alone) / float64(min(times, 10))}}, nil
+		{"link-msgs/renewal", work.link / done}, {"statements/renewal", alone / float64(min(times, 10))},
+		{"cpu-µs/renewal", µs(work.node) / done}, {"db-cpu-µs/renewal", µs(work.db) / done}, {"wal-B/renewal", work.wal / done}, {"tx/renewal", work.commits / done}}, nil
 }
 
 // listener is an agent in this process that tells when it is given work.
