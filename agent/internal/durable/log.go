@@ -57,6 +57,8 @@ type pending struct {
 const (
 	logName  = "log"
 	logLeast = 1 << 20
+	// logTight is what is laid out beyond what is needed where there is no room for logLeast.
+	logTight = 16 << 10
 	// maxBatch bounds what one fsync is waited for.
 	maxBatch = 256
 	// maxBlob bounds a record.
@@ -388,10 +390,13 @@ func (l *Log) renew(next map[string][]byte, room int64) (err error) {
 			_ = os.Remove(f.Name())
 		}
 	}()
-	if _, err := f.Write(append(all, make([]byte, size-end)...)); err != nil {
-		return err
+	err = layOut(f, all, size)
+	if tight := 2*end + room + logTight; tight < size && (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) {
+		// A small disk: what is needed now, and a little.
+		size = tight
+		err = layOut(f, all, size)
 	}
-	if err := f.Sync(); err != nil {
+	if err != nil {
 		return err
 	}
 	// From here on the old file is not to be written to: whether the name has moved is not known if this fails.
@@ -404,6 +409,17 @@ func (l *Log) renew(next map[string][]byte, room int64) (err error) {
 	}
 	l.file, l.size, l.end = f, size, end
 	return nil
+}
+
+// layOut writes records and zeros up to size, from the beginning of a file, to the disk.
+func layOut(f *os.File, records []byte, size int64) error {
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(append(slices.Clip(records), make([]byte, size-int64(len(records)))...), 0); err != nil {
+		return err
+	}
+	return f.Sync()
 }
 
 // Close gives the file back after everything that was begun; nothing may be begun meanwhile. A later write makes a new one.
