@@ -78,6 +78,7 @@ test-deps:
 
 .PHONY: chaos
 chaos: ## Break a cluster's parts for CHAOS_MINUTES (10), a single server's CHAOS_ROUNDS times (200), then cut at every single event
+	CERTMESH_SIM_SEEDS=5000 go test -count=1 -run TestSimulation ./controlplane/internal/dispatch
 	CERTMESH_CHAOS_MINUTES=$(CHAOS_MINUTES) go test -v -count=1 -run TestCluster -timeout $$(($(CHAOS_MINUTES) + 20))m ./e2e/chaos
 	CERTMESH_CHAOS_ROUNDS=$(CHAOS_ROUNDS) go test -v -count=1 -run TestChaos -timeout 30m ./e2e/...
 	CERTMESH_CUT_EVERY=1 go test -v -count=1 -run CutAnywhere -timeout 30m ./controlplane/node
