@@ -24,22 +24,32 @@ func middle(v []float64) float64 {
 	return v[len(v)/2]
 }
 
-// processor starts to count the processor time of nodes and of the database; the returned function says how much it was.
-func (s *scene) processor(nodes []*estate.ClusterNode) (func() (node, db time.Duration, err error), error) {
-	read := func() (node, db time.Duration, err error) {
+// use is processor time by who used it.
+type use struct{ node, db, swarm time.Duration }
+
+func (u use) all() time.Duration { return u.node + u.db + u.swarm }
+
+// processor starts to count the processor time of nodes, of the database and of a swarm, if there is one; the returned
+// function says how much it was.
+func (s *scene) processor(nodes []*estate.ClusterNode, w *streams.Swarm) (func() (use, error), error) {
+	read := func() (u use, err error) {
 		for _, m := range nodes {
 			d, err := streams.CPU(m.Process.PID())
 			if err != nil {
-				return 0, 0, err
+				return u, err
 			}
-			node += d
+			u.node += d
 		}
-		return node, serverCPU(s.server), nil
+		if w != nil {
+			u.swarm, err = streams.CPU(w.PID())
+		}
+		u.db = serverCPU(s.server)
+		return u, err
 	}
-	n, d, err := read()
-	return func() (time.Duration, time.Duration, error) {
-		n2, d2, err := read()
-		return n2 - n, d2 - d, err
+	before, err := read()
+	return func() (use, error) {
+		u, err := read()
+		return use{u.node - before.node, u.db - before.db, u.swarm - before.swarm}, err
 	}, err
 }
 
@@ -192,13 +202,13 @@ func (s *scene) memory(ctx context.Context) (int64, error) {
 
 // spent is what a stretch of time or work took.
 type spent struct {
-	node, db time.Duration
+	use
 	counts
 	took time.Duration
 }
 
 func (s *scene) spend(ctx context.Context, do func() error) (x spent, err error) {
-	used, err := s.processor(s.Nodes)
+	used, err := s.processor(s.Nodes, nil)
 	if err != nil {
 		return x, err
 	}
@@ -211,7 +221,7 @@ func (s *scene) spend(ctx context.Context, do func() error) (x spent, err error)
 		return x, err
 	}
 	x.took = time.Since(began)
-	if x.node, x.db, err = used(); err != nil {
+	if x.use, err = used(); err != nil {
 		return x, err
 	}
 	after, err := s.counted(ctx)

@@ -6,6 +6,6 @@
 //	go test -run '^$' -bench . -benchtime 1x ./e2e/bench/cluster
 //
 // CLUSTER_KILLS is how often the leader is killed (10), CLUSTER_STREAMS how many streams the dead node holds (3,000),
-// CLUSTER_AGENTS how many agents carry the load (600), CLUSTER_BIN a folder with binaries that are built already. The test of
-// this package does the same with a few, so that the measurement itself keeps working; nothing is timed there.
+// CLUSTER_AGENTS how many agents carry the load (600), CLUSTER_BIN a folder with binaries that are built already,
+// CLUSTER_PROFILES one for CPU profiles of the nodes. The test of this package does the same with a few, so that the measurement itself keeps working; nothing is timed there.
 package cluster

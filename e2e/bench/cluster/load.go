@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"sync/atomic"
 	"time"
 
@@ -33,20 +34,22 @@ func (s *scene) reattach(ctx context.Context, agents int) ([]figure, error) {
 	if held := v["certmesh_session_open"]; int(held) < agents {
 		return nil, fmt.Errorf("%s holds %v streams, not all %d", dead.ID, held, agents)
 	}
-	used, err := s.processor(s.others(dead))
+	used, err := s.processor(s.others(dead), w)
 	if err != nil {
 		return nil, err
 	}
+	stop := s.profiles(ctx, "reattach", s.others(dead))
 	died := time.Now()
 	dead.Process.Kill()
 	st, err := w.Wait(ctx, "all to be with other nodes", func(st streams.SwarmStatus) bool {
 		return st.Connected >= int64(st.Healthy) && st.AllConnected > died.UnixMicro()
 	})
+	stop()
 	if err != nil {
 		return nil, err
 	}
 	back := time.UnixMicro(st.AllConnected).Sub(died)
-	nodes, db, err := used()
+	u, err := used()
 	if err != nil {
 		return nil, err
 	}
@@ -59,20 +62,25 @@ func (s *scene) reattach(ctx context.Context, agents int) ([]figure, error) {
 		refused += streams.Sum(v, "certmesh_session_handshakes_refused_total")
 	}
 	return []figure{{"back-s", back.Seconds()}, {"streams", float64(agents)}, {"streams/s", float64(agents) / back.Seconds()}, {"sent-away", refused},
-		{"node-cpu-ms/stream", ms(nodes) / float64(agents)}, {"db-cpu-ms/stream", ms(db) / float64(agents)}}, nil
+		{"node-cpu-ms/stream", ms(u.node) / float64(agents)}, {"db-cpu-ms/stream", ms(u.db) / float64(agents)}, {"swarm-cpu-ms/stream", ms(u.swarm) / float64(agents)},
+		{"cpu-limit-s", u.all().Seconds() / float64(runtime.NumCPU())}}, nil
 }
 
 // rates compares how fast agents' certificates are renewed by one node and by three, each with a database of its own, in
-// turns. What the agents take of the processors is the same.
+// turns. Beside the rates is how much processor time they took, which other work on the machine moves less: cpu-ratio is
+// that of one node, database and agents included, to that of three.
 func rates(ctx context.Context, bin, dir string, agents, turns int) ([]figure, error) {
 	var all [2][]float64
 	var swarms [2]*streams.Swarm
+	var scenes [2]*scene
+	var cpu [2]use
 	for i, n := range []int{1, 3} {
 		s, err := open(ctx, bin, filepath.Join(dir, fmt.Sprint(n)), n)
 		if err != nil {
 			return nil, err
 		}
 		defer s.close()
+		scenes[i] = s
 		if swarms[i], err = s.swarm(ctx, s.MeshAddresses(), agents); err != nil {
 			return nil, err
 		}
@@ -88,10 +96,19 @@ func rates(ctx context.Context, bin, dir string, agents, turns int) ([]figure, e
 	for turn := range turns {
 		for j := range swarms {
 			i := (j + turn) % 2
+			used, err := scenes[i].processor(scenes[i].Nodes, swarms[i])
+			if err != nil {
+				return nil, err
+			}
 			e, err := swarms[i].Tell(ctx, "renew")
 			if err != nil {
 				return nil, err
 			}
+			u, err := used()
+			if err != nil {
+				return nil, err
+			}
+			cpu[i] = use{cpu[i].node + u.node, cpu[i].db + u.db, cpu[i].swarm + u.swarm}
 			if e.Done < int64(agents) || e.DoneMS == 0 {
 				return nil, fmt.Errorf("of %d agents %d finished", agents, e.Done)
 			}
@@ -99,7 +116,10 @@ func rates(ctx context.Context, bin, dir string, agents, turns int) ([]figure, e
 		}
 	}
 	one, three := middle(all[0]), middle(all[1])
-	return []figure{{"one-renewals/s", one}, {"three-renewals/s", three}, {"ratio", three / one}}, nil
+	per := float64(turns * agents)
+	return []figure{{"one-renewals/s", one}, {"three-renewals/s", three}, {"ratio", three / one}, {"cpu-ratio", float64(cpu[0].all()) / float64(cpu[1].all())},
+		{"one-cpu-µs", µs(cpu[0].node) / per}, {"one-db-cpu-µs", µs(cpu[0].db) / per}, {"three-cpu-µs", µs(cpu[1].node) / per},
+		{"three-db-cpu-µs", µs(cpu[1].db) / per}, {"swarm-cpu-µs", µs(cpu[0].swarm) / per}}, nil
 }
 
 // wake measures the time from an operator's call to renew until the agent has the assignment, with the call at the node

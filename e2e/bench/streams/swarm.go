@@ -79,6 +79,9 @@ func StartSwarm(ctx context.Context, bin, dir string, args ...string) (*Swarm, e
 	return s, nil
 }
 
+// PID is its process id.
+func (s *Swarm) PID() int { return s.cmd.Process.Pid }
+
 func (s *Swarm) read(out io.Reader) {
 	lines := bufio.NewScanner(out)
 	for lines.Scan() {
