@@ -41,7 +41,7 @@ func (b *bench) with(t *testing.T) *bench {
 
 // settings of the control plane that keep waiting short: nothing here is about how long it is.
 func brisk() []string {
-	return []string{"CERTMESH_VERIFY_TIMEOUT=1s", "CERTMESH_SCHEDULER_RETRY_INTERVAL=1s", "CERTMESH_SCHEDULER_JOB_PROCESSOR_INTERVAL=1s"}
+	return []string{"CERTMESH_VERIFY_TIMEOUT=3s", "CERTMESH_SCHEDULER_RETRY_INTERVAL=1s", "CERTMESH_SCHEDULER_JOB_PROCESSOR_INTERVAL=1s"}
 }
 
 func TestBadInput(t *testing.T) {
