@@ -44,7 +44,34 @@ func (s *Server) others() []string {
 // on: the other has read who holds them.
 func (s *Server) WakeHeld(agentIDs []string) {
 	s.metrics.wakesReceived.Add(float64(len(agentIDs)))
-	s.WakeLocal(agentIDs)
+	for _, id := range agentIDs {
+		for _, st := range s.of(id) {
+			st.locked(func() {
+				if st.owing.IsZero() {
+					st.owing = s.now()
+				}
+				st.workStep(dispatch.Woken{At: s.now()})
+			})
+		}
+	}
+}
+
+// owingMost is how long an agent may have work that another node knows of and this one cannot read.
+const owingMost = 5 * time.Second
+
+// unread follows the answer to a Load. Whoever wakes an agent here has reached the database. If this node goes on failing
+// to, the agent is sent elsewhere: it would wait here with work that others could give it. While the database is away from
+// all, nobody wakes anybody, and streams stay up.
+func (st *stream) unread(e dispatch.Event) {
+	loaded, ok := e.(dispatch.Loaded)
+	switch {
+	case !ok:
+	case loaded.Err == nil:
+		st.owing = time.Time{}
+	case !st.owing.IsZero() && st.s.now().Sub(st.owing) >= owingMost && !st.s.alone():
+		st.s.cfg.Log.Warn("an agent's work cannot be read here, and another node could; it is sent elsewhere", "agent_id", st.who.agentID, "error", loaded.Err)
+		st.protoStep(Ending{endUnread()})
+	}
 }
 
 // WakeLocal is Wake for agents of which it is known that this node holds them.

@@ -233,6 +233,10 @@ func endDraining() End {
 	return End{Reason: agentpb.Goodbye_REASON_SHUTDOWN, Code: codes.Unavailable, Message: "this node takes no agents now; connect to another", Now: true}
 }
 
+func endUnread() End {
+	return End{Reason: agentpb.Goodbye_REASON_SHUTDOWN, Code: codes.Unavailable, Message: "this node does not reach its database; connect to another", Now: true}
+}
+
 func endSuperseded() End {
 	return End{Reason: agentpb.Goodbye_REASON_SUPERSEDED, Code: codes.Aborted, Message: "a newer stream of this agent took over", Now: true}
 }

@@ -56,6 +56,8 @@ type stream struct {
 	draining bool
 	// move waits for the tasks to be done.
 	move *agentpb.Move
+	// owing is since when another node has said that there is work and this one could not read it; zero: it could.
+	owing time.Time
 }
 
 // outbox is what is still to be sent: a FIFO for work, where nothing is merged, and a box where the latest state wins.
@@ -286,6 +288,7 @@ func (st *stream) answer(e dispatch.Event) {
 		st.tasks--
 		st.room.Signal()
 		st.workStep(e)
+		st.unread(e)
 		switch {
 		case st.tasks > 0:
 		case st.draining:
