@@ -130,6 +130,8 @@ func (s *sim) one() {
 		s.wake()
 	case d < 14:
 		s.cancel()
+	case d < 15:
+		s.reap()
 	case d < 40:
 		s.store()
 	case d < 55:
@@ -168,6 +170,19 @@ func (s *sim) cancel() {
 	}
 	j := s.jobs[open[s.random.IntN(len(open))]]
 	j.State, j.FinishedAt = domain.JobCancelled, s.world.now
+	s.jobs[j.ID] = j
+	s.wake()
+}
+
+// reap raises the attempt of a job that stood still, as the duty does that another node runs.
+func (s *sim) reap() {
+	open := slices.DeleteFunc(slices.Sorted(maps.Keys(s.jobs)), func(id string) bool { return !s.jobs[id].State.Open() || s.jobs[id].Attempt == 0 })
+	if len(open) == 0 {
+		return
+	}
+	j := s.jobs[open[s.random.IntN(len(open))]]
+	j.Attempt++
+	j.State, j.AcceptedAt = j.Kind.InitialState(), time.Time{}
 	s.jobs[j.ID] = j
 	s.wake()
 }
