@@ -133,6 +133,16 @@ func (n *Node) followMembers(ctx context.Context) {
 // otherNodes are the mesh addresses where agents may go instead.
 func (n *Node) otherNodes() []string { return n.addressesOf(func(string) bool { return true }) }
 
+// size is how many nodes there are as far as this one knows, itself included.
+func (n *Node) size() int {
+	select {
+	case <-n.joined:
+		return 1 + len(n.otherNodes())
+	default:
+		return 1
+	}
+}
+
 // livingNodes are those of them that this node has a link to.
 func (n *Node) livingNodes() []string {
 	up := n.links.Up()

@@ -55,7 +55,7 @@ func (n *Node) wire(ring *secret.Keyring, metrics prometheus.Registerer) (*parts
 	if err != nil {
 		return nil, err
 	}
-	p.nudge = newNudge(n.clk, func() {
+	p.nudge = newNudge(n.clk, n.size, func() {
 		p.duties.Trigger(duty.RenewalCheck)
 		p.duties.Trigger(duty.JobRetry)
 		p.duties.Trigger(duty.ShortLivedExpiry)
