@@ -222,7 +222,7 @@ func (u *user) crl(ctx context.Context) {
 
 // crlOf fetches the complete CRL that a node serves.
 func crlOf(ctx context.Context, m *estate.ClusterNode, issuer string) (*x509.RevocationList, error) {
-	status, der, err := m.Estate.Get(ctx, "http://"+m.PKI+"/.well-known/pki/crl/"+issuer)
+	status, der, err := m.Get(ctx, "http://"+m.PKI+"/.well-known/pki/crl/"+issuer)
 	if err != nil {
 		return nil, err
 	}

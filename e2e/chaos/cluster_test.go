@@ -65,7 +65,7 @@ func TestCluster(t *testing.T) {
 	s.Lab = estatetest.NewFor(t, lasts+rest+estatetest.Patience)
 	s.build(max(1, int(lasts.Minutes()*perMinute)))
 
-	file, err := os.Create(s.Lab.Path("history.jsonl"))
+	file, err := os.Create(s.Path("history.jsonl"))
 	s.OK(err)
 	s.began = time.Now()
 	s.recorder = history.NewRecorder(file, s.since)
@@ -142,7 +142,7 @@ func (s *trial) build(n int) {
 	network := estate.NewNetwork()
 	s.T.Cleanup(network.Close)
 	var err error
-	s.Cluster, err = s.Lab.NewClusterOf(s.Ctx, estate.ClusterOptions{Nodes: nodes, Durable: true, Network: network,
+	s.Cluster, err = s.NewClusterOf(s.Ctx, estate.ClusterOptions{Nodes: nodes, Durable: true, Network: network,
 		// Safety nets and back-offs are not what is tried; waiting for them would only take time.
 		Env: []string{"CERTMESH_SCHEDULER_RETRY_INTERVAL=1s", "CERTMESH_SCHEDULER_JOB_PROCESSOR_INTERVAL=10s"}})
 	s.OK(err)
@@ -162,7 +162,7 @@ func (s *trial) build(n int) {
 }
 
 func (s *trial) startAgent(a *subject, token ...string) error {
-	p, err := s.Lab.StartAgent(estate.AgentOptions{Name: a.name, Token: strings.Join(token, ""), Env: []string{"CERTMESH_SERVER_URL=" + s.MeshAddresses()}})
+	p, err := s.StartAgent(estate.AgentOptions{Name: a.name, Token: strings.Join(token, ""), Env: []string{"CERTMESH_SERVER_URL=" + s.MeshAddresses()}})
 	if err != nil {
 		return err
 	}
@@ -178,14 +178,14 @@ func (s *trial) makeTargets(n int) {
 	s.OK(err)
 	c, err := client.New(client.Config{Server: p.ServerURL, Key: p.APIKey, CA: p.CACertificate, Timeout: time.Minute, Version: "chaos", Now: time.Now})
 	s.OK(err)
-	defer c.Close()
+	defer func() { _ = c.Close() }() // nothing is on its way
 	random := s.seeded(2)
 	for i := range n {
 		name := fmt.Sprintf("cert-%03d", i)
 		for k := range 1 + random.IntN(2) {
 			agent := s.agents[(i+k)%agents].name
 			target := fmt.Sprintf("%s-%d", name, k)
-			path := filepath.Join(s.Lab.SiteDir(agent), target+".pem")
+			path := filepath.Join(s.SiteDir(agent), target+".pem")
 			r, err := c.Targets.CreateTarget(s.Ctx, &operatorpb.CreateTargetRequest{Name: target, Agent: agent, Kind: "file", SettingsJson: fmt.Sprintf(`{"pem_path":%q}`, path)})
 			s.OK(err)
 			s.targets[name] = append(s.targets[name], r.GetTarget().GetId())

@@ -16,7 +16,7 @@ func cutCluster(t *testing.T) *trial {
 	t.Cleanup(network.Close)
 	s := &trial{Lab: estatetest.New(t)}
 	var err error
-	s.Cluster, err = s.Lab.NewClusterOf(s.Ctx, estate.ClusterOptions{Nodes: nodes, Network: network, Env: []string{"CERTMESH_SCHEDULER_RETRY_INTERVAL=1s"}})
+	s.Cluster, err = s.NewClusterOf(s.Ctx, estate.ClusterOptions{Nodes: nodes, Network: network, Env: []string{"CERTMESH_SCHEDULER_RETRY_INTERVAL=1s"}})
 	s.OK(err)
 	t.Cleanup(s.CloseCluster)
 	s.OK(s.StartAll(s.Ctx))
@@ -35,7 +35,7 @@ func cutCluster(t *testing.T) *trial {
 // order orders a certificate at east and waits until it is there.
 func (s *trial) order(name string) {
 	s.T.Helper()
-	s.Do("targets", "create", name, "--agent", "east", "--kind", "file", "--settings", fmt.Sprintf(`{"pem_path":%q}`, filepath.Join(s.Lab.SiteDir("east"), name+".pem")))
+	s.Do("targets", "create", name, "--agent", "east", "--kind", "file", "--settings", fmt.Sprintf(`{"pem_path":%q}`, filepath.Join(s.SiteDir("east"), name+".pem")))
 	s.Do("certs", "create", name, "--dns", name+".example.test", "--issuer", "ca", "--target", name, "--wait", "--wait-timeout", estatetest.Long)
 }
 

@@ -210,9 +210,9 @@ func (s *trial) keep(end history.State) {
 	b, err := json.Marshal(end)
 	s.OK(err)
 	s.OK(os.WriteFile(filepath.Join(dir, "state.json"), b, 0o600))
-	logs, err := filepath.Glob(s.Lab.Path("*.log"))
+	logs, err := filepath.Glob(s.Path("*.log"))
 	s.OK(err)
-	for _, path := range slices.Concat(logs, []string{s.Lab.Path("history.jsonl")}) {
+	for _, path := range slices.Concat(logs, []string{s.Path("history.jsonl")}) {
 		b, err := os.ReadFile(path)
 		s.OK(err)
 		s.OK(os.WriteFile(filepath.Join(dir, filepath.Base(path)), b, 0o600))

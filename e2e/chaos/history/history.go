@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"time"
 )
@@ -107,7 +108,7 @@ func (r *Recorder) write(e Event) {
 func (r *Recorder) Events() ([]Event, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.events[:len(r.events):len(r.events)], r.err
+	return slices.Clip(r.events), r.err
 }
 
 // Load reads what a Recorder has written.
