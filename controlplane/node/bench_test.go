@@ -133,8 +133,16 @@ func prepareIssue(b *testing.B, s *store.Store, n int) (*issue.Pipeline, []domai
 	if b.Failed() {
 		b.FailNow()
 	}
-	work, err := s.OpenWork(ctx, []string{agent.ID})
-	must(err)
+	var work []domain.Work
+	for more := true; more; {
+		query := domain.WorkQuery{AgentID: agent.ID}
+		for _, w := range work {
+			query.Out = append(query.Out, domain.JobRef{JobID: w.Job.ID, Attempt: w.Job.Attempt})
+		}
+		page, err := s.OpenWork(ctx, []domain.WorkQuery{query})
+		must(err)
+		work, more = append(work, page[0].Work...), len(page[0].More) > 0
+	}
 	if len(work) != n {
 		b.Fatalf("%d jobs of %d", len(work), n)
 	}

@@ -257,11 +257,15 @@ func (m *machine) issued(e Issued) {
 		m.do(Settle{Settled{Ref: e.Ref, Outcome: OK, Class: Key, CertificateID: it.work.Job.CertificateID, Generation: e.Generation}})
 		for _, w := range e.Deployments {
 			if w.Job.AgentID == m.agentID {
+				w.Owner = it.work.Owner
 				m.merge(w)
 			}
 		}
 	case fault.Is(e.Err, fault.Conflict), fault.Is(e.Err, fault.NotFound):
 		m.doubt(it)
+	case fault.Is(e.Err, fault.RateLimited):
+		// Nobody has looked at the request: to wait is no try.
+		m.later(it)
 	default:
 		it.failure = FailureOf(e.Err)
 		m.fail(it, it.current)

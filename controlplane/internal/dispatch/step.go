@@ -122,6 +122,12 @@ type State struct {
 	loadedAt time.Time
 	// verify: the next Load is to look whether the session is still this node's.
 	verify bool
+	// more: there is work of the class beyond the window that was loaded last; given counts what was given of it since that
+	// Load. onward and after are the owners behind whom the next window and this one begin; moreOwners: it is not the same.
+	more          [Classes]bool
+	given         [Classes]int
+	moreOwners    bool
+	onward, after string
 	// ended are jobs that ended while a Load was out, whose answer may be older than that.
 	ended []string
 	// conflicts counts refused dispatches in a row.
@@ -155,15 +161,15 @@ type Event interface{ event() }
 
 // The events that come from outside.
 type (
-	// Opened: the session was recorded under Epoch, then the agent's work was loaded. Held is what the agent's journal
-	// holds, with the store's settlements in the same order.
+	// Opened: the session was recorded under Epoch, then the agent's work was loaded, as in Loaded; whatever of Held is open
+	// is in it. Held is what the agent's journal holds, with the store's settlements in the same order.
 	Opened struct {
 		AgentID     string
 		Epoch       domain.Epoch
 		Credits     [Classes]int
 		Held        []Held
 		Settlements []domain.Settlement
-		Work        []domain.Work
+		Work        domain.OpenWork
 		At          time.Time
 	}
 	// Granted: the agent is ready for more.
@@ -189,9 +195,9 @@ type (
 
 // The events that answer effects.
 type (
-	// Loaded answers Load: all open work of the agent.
+	// Loaded answers Load.
 	Loaded struct {
-		Work []domain.Work
+		Work domain.OpenWork
 		Err  error
 		At   time.Time
 	}
@@ -259,9 +265,13 @@ type Effect interface{ effect() }
 
 // The effects. Those of the first group are answered by an event, once each, whether the session is still open or not.
 type (
-	// Load asks the store for all open work of the agent. Verify: and, before it, whether the session is still this
-	// node's; if it is not the stream ends.
-	Load struct{ Verify bool }
+	// Load asks the store for open work of the agent: see domain.WorkQuery. Verify: and, before it, whether the session is
+	// still this node's; if it is not the stream ends.
+	Load struct {
+		Verify bool
+		Out    []domain.JobRef
+		After  string
+	}
 	// Raise asks the store to raise an attempt.
 	Raise struct{ Dispatch domain.Dispatch }
 	// Accept records that the agent has the attempt in its journal.
@@ -422,16 +432,14 @@ func (m *machine) pump() {
 	if m.woken && !m.loading {
 		// With plenty in hand nothing gains by being read at once, and each Load reads all of it again.
 		at := m.at
-		if later := m.loadedAt.Add(loadPause); m.at.Before(later) && m.inHand() >= plenty {
+		if later := m.loadedAt.Add(loadPause); m.at.Before(later) && m.inHand(Classes) >= plenty {
 			at = later
 		}
 		m.reload(at)
 	}
+	m.refill()
 	if !m.loading && !m.loadAt.IsZero() && !m.at.Before(m.loadAt) {
-		m.loading, m.loadAt, m.woken, m.loadedAt = true, time.Time{}, false, m.at
-		m.loads++
-		m.do(Load{Verify: m.verify})
-		m.verify = false
+		m.load()
 	}
 	var next time.Time
 	soonest := func(t time.Time) {
@@ -482,17 +490,6 @@ const (
 	loadPause = 250 * time.Millisecond
 )
 
-// inHand is how many jobs wait for nothing but credit.
-func (m *machine) inHand() int {
-	n := 0
-	for _, it := range m.items {
-		if it.phase == waiting && !m.at.Before(it.work.Job.RunAt) && !m.at.Before(it.notBefore) {
-			n++
-		}
-	}
-	return n
-}
-
 // maxServed bounds what is remembered of turns. Forgetting them costs an owner one turn.
 const maxServed = 4096
 
@@ -526,6 +523,7 @@ func (m *machine) give(c Class, items []*item) {
 		m.turns++
 		m.served[o] = m.turns
 		m.credits[c]--
+		m.given[c]++
 		it.phase = raising
 		m.do(Raise{domain.Dispatch{JobID: it.work.Job.ID, AgentID: m.agentID, Attempt: it.work.Job.Attempt, Epoch: m.epoch, At: m.at}})
 	}
@@ -537,11 +535,12 @@ func (m *machine) opened(e Opened) {
 	for c, n := range e.Credits {
 		m.credits[c] = min(max(n, 0), MaxCredit)
 	}
-	for _, w := range e.Work {
+	for _, w := range e.Work.Work {
 		if _, have := m.find(w.Job.ID); have == nil {
 			m.insert(&item{work: w})
 		}
 	}
+	m.window(e.Work)
 	verdicts := make([]Verdict, 0, len(e.Held))
 	var foreign []domain.JobRef
 	for i, h := range e.Held {
@@ -604,8 +603,12 @@ func (m *machine) loaded(e Loaded) {
 		return
 	}
 	m.loadTries = 0
-	open := make(map[string]struct{}, len(e.Work))
-	for _, w := range e.Work {
+	m.window(e.Work)
+	open := make(map[string]struct{}, len(e.Work.Work)+len(e.Work.Kept))
+	for _, id := range e.Work.Kept {
+		open[id] = struct{}{}
+	}
+	for _, w := range e.Work.Work {
 		open[w.Job.ID] = struct{}{}
 		if !slices.Contains(ended, w.Job.ID) {
 			m.merge(w)

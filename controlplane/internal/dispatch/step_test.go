@@ -161,7 +161,7 @@ func TestOwnersTakeTurns(t *testing.T) {
 			waiting[o] = append(waiting[o], j.ID)
 		}
 		at := time.Unix(1_800_000_000, 0)
-		s, _ := Step(State{}, Opened{AgentID: testAgent, Epoch: 1, Work: work, At: at})
+		s, _ := Step(State{}, Opened{AgentID: testAgent, Epoch: 1, Work: domain.OpenWork{Work: work}, At: at})
 		since := map[string]int{}
 		for range work {
 			var effects []Effect
@@ -317,7 +317,7 @@ func (w *world) later2(t *testing.T) {
 			return
 		}
 	}
-	w.step(Loaded{Work: w.openWork(), At: w.now})
+	w.step(Loaded{Work: w.openWork(domain.WorkQuery{}), At: w.now})
 }
 
 // TestForeignJobsChangeNothing: reports about another agent's job are answered Ignored, noted, and touch nothing.
@@ -450,7 +450,7 @@ func TestSnapshotOlderThanItsAnswer(t *testing.T) {
 	w.connect(both(1))
 	w.answerAll()
 	w.deliver()
-	old := w.openWork()
+	old := w.openWork(domain.WorkQuery{})
 	w.step(Woken{At: w.now}) // the load is out, with the old snapshot
 	w.works(w.journal[j.ID], true)
 	w.serverTakes()
@@ -462,7 +462,7 @@ func TestSnapshotOlderThanItsAnswer(t *testing.T) {
 	}
 	// Read before the attempt was raised: what the agent has stays with it.
 	given := w.create(domain.JobDeployment)
-	before := w.openWork()
+	before := w.openWork(domain.WorkQuery{})
 	w.ready = both(1)
 	w.grant()
 	w.step(Woken{At: w.now})
@@ -589,7 +589,7 @@ func TestVerifications(t *testing.T) {
 	t.Parallel()
 	j := domain.Job{ID: "job_1", Kind: domain.JobValidation, State: domain.JobPending, AgentID: "agt_1", MaxTries: 3}
 	at := time.Unix(1000, 0)
-	s, out := Step(State{}, Opened{AgentID: "agt_1", Epoch: 1, Credits: [Classes]int{Key: 4, Deploy: 4}, Work: []domain.Work{{Job: j}}, At: at})
+	s, out := Step(State{}, Opened{AgentID: "agt_1", Epoch: 1, Credits: [Classes]int{Key: 4, Deploy: 4}, Work: domain.OpenWork{Work: []domain.Work{{Job: j}}}, At: at})
 	if slices.ContainsFunc(out, func(e Effect) bool { _, ok := e.(Raise); return ok }) {
 		t.Fatalf("dispatched without credit: %v", out)
 	}

@@ -24,6 +24,8 @@ type world struct {
 	now  time.Time
 
 	jobs    map[string]domain.Job
+	owners  map[string]string // of jobs
+	windows windows
 	applied map[domain.JobRef]int // outcomes that the store has taken, by attempt
 	raised  map[domain.JobRef]bool
 	serial  int
@@ -56,7 +58,7 @@ type entry struct {
 }
 
 func newWorld(fail func(string, ...any)) *world {
-	return &world{fail: fail, now: start, jobs: map[string]domain.Job{}, applied: map[domain.JobRef]int{}, raised: map[domain.JobRef]bool{},
+	return &world{fail: fail, now: start, jobs: map[string]domain.Job{}, owners: map[string]string{}, windows: windows{most: domain.MaxOpenWork, lane: domain.WorkWindow, owners: domain.WindowOwners}, applied: map[domain.JobRef]int{}, raised: map[domain.JobRef]bool{},
 		journal: map[string]*entry{}, inFlight: map[string]int{}}
 }
 
@@ -66,16 +68,6 @@ func (w *world) create(kind domain.JobKind) domain.Job {
 		CertificateID: "cert_" + fmt.Sprint(w.serial), Generation: 1, MaxTries: 1000, RunAt: w.now, CreatedAt: w.now}
 	w.jobs[j.ID] = j
 	return j
-}
-
-func (w *world) openWork() []domain.Work {
-	var out []domain.Work
-	for _, id := range slices.Sorted(maps.Keys(w.jobs)) {
-		if j := w.jobs[id]; j.State.Open() && j.AgentID == testAgent {
-			out = append(out, domain.Work{Job: j})
-		}
-	}
-	return out
 }
 
 // judge is the store's.
@@ -110,12 +102,13 @@ func (w *world) connect(credits [Classes]int) {
 	w.pending, w.inFlight = nil, map[string]int{}
 	w.granted, w.sent, w.ready = credits, [Classes]int{}, [Classes]int{}
 	w.epoch++
-	e := Opened{AgentID: testAgent, Epoch: w.epoch, Credits: credits, At: w.now, Work: w.openWork()}
+	e := Opened{AgentID: testAgent, Epoch: w.epoch, Credits: credits, At: w.now}
 	for _, id := range slices.Sorted(maps.Keys(w.journal)) {
 		en := w.journal[id]
 		e.Held = append(e.Held, Held{Ref: en.ref, Reported: en.report != nil && en.report.Kind != ReportAccepted})
 		e.Settlements = append(e.Settlements, w.settlement(en.ref))
 	}
+	e.Work = w.openWork(domain.WorkQuery{Out: wanted(e.Held)})
 	w.step(e)
 	w.verdicts = w.down[0].(Welcome).Verdicts
 	w.agentTakes() // nothing is said before Welcome
@@ -162,7 +155,7 @@ func (w *world) effect(f Effect) {
 			if broken {
 				return Loaded{Err: errDown, At: w.now}
 			}
-			return Loaded{Work: w.openWork(), At: w.now}
+			return Loaded{Work: w.openWork(domain.WorkQuery{Out: f.Out, After: f.After}), At: w.now}
 		})
 	case Raise:
 		w.raise(f.Dispatch)

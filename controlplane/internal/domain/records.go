@@ -50,6 +50,35 @@ type Work struct {
 	Target  Target
 }
 
+const (
+	// MaxOpenWork is how many open jobs of an agent are read at once. Of an agent that has more a window is read.
+	MaxOpenWork = 1024
+	// WorkWindow is how many jobs of a kind a window has, shared evenly between owners, and WindowOwners how many owners.
+	WorkWindow, WindowOwners = 256, 32
+)
+
+// WorkQuery asks for an agent's open work. Out are jobs that the caller has given to the agent: whatever of them is open is
+// answered, and the window lies behind them. Attempt is the one the caller knows, 0: it wants the job itself. After is the
+// Next of the answer before.
+type WorkQuery struct {
+	AgentID string
+	Out     []JobRef
+	After   string
+}
+
+// OpenWork answers a WorkQuery: all open jobs but those that wait for approval, or, of more than MaxOpenWork, those of Out
+// and a window of the others. A window takes jobs of each kind, first those that are due first, from owners in turns.
+type OpenWork struct {
+	Work []Work // by age
+	// Kept are jobs of Out that are open at the attempt that the caller knows. They may be left out of Work.
+	Kept []string
+	// More are the kinds of which jobs are left beyond the window.
+	More []JobKind
+	// MoreOwners: there are owners beyond the window; a query after Next begins with them.
+	MoreOwners bool
+	Next       string
+}
+
 // Dispatch raises a job's attempt from Attempt to Attempt+1 under the session's epoch.
 type Dispatch struct {
 	JobID, AgentID string

@@ -308,15 +308,17 @@ func (f *fakeStore) workLocked(j domain.Job) domain.Work {
 	return w
 }
 
-func (f *fakeStore) OpenWork(_ context.Context, ids []string) ([]domain.Work, error) {
+func (f *fakeStore) OpenWork(_ context.Context, queries []domain.WorkQuery) ([]domain.OpenWork, error) {
 	if err := f.enter("OpenWork"); err != nil {
 		return nil, err
 	}
 	defer f.mu.Unlock()
-	var out []domain.Work
+	out := make([]domain.OpenWork, len(queries))
 	for _, id := range slices.Sorted(maps.Keys(f.jobs)) {
-		if j := f.jobs[id]; j.State.Open() && slices.Contains(ids, j.AgentID) {
-			out = append(out, f.workLocked(j))
+		for i, q := range queries {
+			if j := f.jobs[id]; j.State.Open() && q.AgentID == j.AgentID {
+				out[i].Work = append(out[i].Work, f.workLocked(j))
+			}
 		}
 	}
 	return out, nil

@@ -89,8 +89,8 @@ type loader struct {
 }
 
 type load struct {
-	st     *stream
-	verify bool
+	st   *stream
+	want dispatch.Load
 }
 
 const (
@@ -100,10 +100,10 @@ const (
 
 func newLoader(s *Server) *loader { return &loader{s: s} }
 
-func (l *loader) add(st *stream, verify bool) {
+func (l *loader) add(st *stream, want dispatch.Load) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.want = append(l.want, load{st, verify})
+	l.want = append(l.want, load{st, want})
 	if l.running < loadersMax {
 		l.running++
 		l.s.store.do(ownWork, l.run)
@@ -134,37 +134,31 @@ func (l *loader) load(batch []load) {
 	s := l.s
 	ctx, cancel := context.WithTimeout(s.ctx, storeTimeout)
 	defer cancel()
-	seen := map[string]bool{}
-	var ids, doubted []string
-	for _, b := range batch {
+	queries := make([]domain.WorkQuery, len(batch))
+	var doubted []string
+	for i, b := range batch {
 		id := b.st.who.agentID
-		if !seen[id] {
-			seen[id] = true
-			ids = append(ids, id)
-		}
-		if b.verify {
+		queries[i] = domain.WorkQuery{AgentID: id, Out: b.want.Out, After: b.want.After}
+		if b.want.Verify {
 			doubted = append(doubted, id)
 		}
 	}
 	if len(doubted) > 0 {
 		l.verify(ctx, batch, doubted)
 	}
-	var work []domain.Work
+	var work []domain.OpenWork
 	err := contain(s.cfg.Log, "load open work", func() error {
 		var err error
-		work, err = s.cfg.Store.OpenWork(ctx, ids)
+		work, err = s.cfg.Store.OpenWork(ctx, queries)
 		return err
 	})
 	if err != nil {
-		s.cfg.Log.Warn("open work not loaded; it is tried again", "agents", len(ids), "err", err)
-	}
-	byAgent := map[string][]domain.Work{}
-	for _, w := range work {
-		byAgent[w.Job.AgentID] = append(byAgent[w.Job.AgentID], w)
+		s.cfg.Log.Warn("open work not loaded; it is tried again", "agents", len(queries), "err", err)
+		work = make([]domain.OpenWork, len(queries))
 	}
 	now := s.now()
-	for _, b := range batch {
-		b.st.answer(dispatch.Loaded{Work: byAgent[b.st.who.agentID], Err: err, At: now})
+	for i, b := range batch {
+		b.st.answer(dispatch.Loaded{Work: work[i], Err: err, At: now})
 	}
 }
 
@@ -181,7 +175,7 @@ func (l *loader) verify(ctx context.Context, batch []load, doubted []string) {
 		return
 	}
 	for _, b := range batch {
-		if h, ok := holders[b.st.who.agentID]; b.verify && ok && (h.Epoch != b.st.epochNow() || h.Holder != l.s.cfg.NodeID) {
+		if h, ok := holders[b.st.who.agentID]; b.want.Verify && ok && (h.Epoch != b.st.epochNow() || h.Holder != l.s.cfg.NodeID) {
 			b.st.end(endSuperseded())
 		}
 	}

@@ -47,7 +47,7 @@ type Sessions interface {
 
 // Jobs keeps work.
 type Jobs interface {
-	OpenWork(ctx context.Context, agentIDs []string) ([]domain.Work, error)
+	OpenWork(ctx context.Context, queries []domain.WorkQuery) ([]domain.OpenWork, error)
 	AgentsWithOpenJobs(ctx context.Context, node string, limit int) ([]string, error)
 	Settlements(ctx context.Context, agentID string, refs []domain.JobRef) ([]domain.Settlement, error)
 	Dispatch(ctx context.Context, items []domain.Dispatch) []error

@@ -27,7 +27,7 @@ func (st *stream) workEffect(f dispatch.Effect) {
 	switch f := f.(type) {
 	case dispatch.Load:
 		st.tasks++
-		s.loads.add(st, f.Verify)
+		s.loads.add(st, f)
 	case dispatch.Raise:
 		d := f.Dispatch
 		st.task(s.store, st.who.agentID, "dispatch", func(ctx context.Context) (dispatch.Event, error) {
@@ -305,9 +305,15 @@ func (s *Server) everything(ctx context.Context, agentID string, epoch domain.Ep
 			return ev, err
 		}
 	}
-	if ev.Work.Work, err = s.cfg.Store.OpenWork(ctx, []string{agentID}); err != nil {
+	query := domain.WorkQuery{AgentID: agentID}
+	for _, o := range h.Held {
+		query.Out = append(query.Out, domain.JobRef{JobID: o.Ref.JobID}) // whatever attempt it is at
+	}
+	work, err := s.cfg.Store.OpenWork(ctx, []domain.WorkQuery{query})
+	if err != nil {
 		return ev, err
 	}
+	ev.Work.Work = work[0]
 	if ev.Desired, err = s.desired(ctx, agentID, false); err != nil {
 		return ev, err
 	}

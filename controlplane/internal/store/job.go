@@ -77,9 +77,9 @@ func (t *tx) insertJobs(jobs []domain.Job) (created map[string]bool, err error) 
 		}
 		return t.each(v.with()+`
 INSERT INTO job (id, kind, state, certificate_id, agent_id, target_id, generation, attempt, tries, max_tries, run_at, accepted_at,
- error_class, error, reason, request_id, open_key, shard, created_at, updated_at, finished_at)
+ error_class, error, reason, request_id, open_key, shard, owner, created_at, updated_at, finished_at)
 SELECT v.id, v.kind, v.state, v.c, v.a, v.target, v.g, 0, 0, v.max, v.run_at, 0,
- '', '', v.reason, v.request, v.k, v.shard, v.at, v.at, NULL
+ '', '', v.reason, v.request, v.k, v.shard, COALESCE((SELECT certificate.owner FROM certificate WHERE certificate.id = v.c), ''), v.at, v.at, NULL
 FROM v WHERE v.id IS NOT NULL
 ON CONFLICT (open_key) DO NOTHING RETURNING id`, v.args, func(scan func(...any) error) error {
 			var id string
@@ -145,35 +145,6 @@ FROM v WHERE job.id = v.k AND job.attempt = v.n AND job.state = v.was RETURNING 
 		})
 	})
 	return kept, err
-}
-
-// OpenWork returns the open jobs of the agents, oldest first, with what their assignments need; jobs that wait for an
-// operator's approval are left out. A new holder of a session calls it after OpenSessions has returned, so that it either
-// sees a job or the job's creator sees the new holder.
-func (s *Store) OpenWork(ctx context.Context, agentIDs []string) ([]domain.Work, error) {
-	var work []domain.Work
-	err := s.read(ctx, "work.open", func(t *tx) error {
-		var jobs []domain.Job
-		err := chunks(agentIDs, func(ids []string) error {
-			in, args := inList(2, ids)
-			return t.each("SELECT "+jobColumns+` FROM job
-WHERE job.finished_at IS NULL AND job.state <> $1 AND job.agent_id IN `+in+` ORDER BY job.agent_id, job.id`,
-				append([]any{string(domain.JobAwaitingApproval)}, args...), func(scan func(...any) error) error {
-					j, err := scanJob(scan)
-					jobs = append(jobs, j)
-					return err
-				})
-		})
-		if err != nil {
-			return err
-		}
-		work, err = t.work(jobs)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	return work, nil
 }
 
 type generationKey struct {

@@ -23,7 +23,7 @@ func wholeFlow(t *testing.T, w *World) {
 		session.Agent.Labels["site"] != "a" || session.Agent.Labels["rack"] != "7" {
 		t.Fatalf("session: %+v", session)
 	}
-	work, err := w.S.OpenWork(ctx, []string{a.ID})
+	work, err := openWork(ctx, w.S, a.ID)
 	must(t, err)
 	if len(work) != 1 || work[0].KeyAlgorithm != domain.ECDSAP256 || work[0].Names.CommonName != "a.test" || len(work[0].Names.DNS) != 2 {
 		t.Fatalf("work: %+v", work)
@@ -47,7 +47,7 @@ func wholeFlow(t *testing.T, w *World) {
 		t.Fatalf("after issue: %+v", v)
 	}
 	w.Check(t)
-	work, err = w.S.OpenWork(ctx, []string{a.ID})
+	work, err = openWork(ctx, w.S, a.ID)
 	must(t, err)
 	if len(work) != 2 || string(work[0].Version.DER) != string(deployments[0].Version.DER) || len(work[0].Version.Chain) != 1 {
 		t.Fatalf("work: %+v", work)

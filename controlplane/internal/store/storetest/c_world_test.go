@@ -61,10 +61,10 @@ func (w *world) actions(resource string) []string {
 // work is the open work of an agent, by job.
 func (w *world) work(agentID string) map[string]domain.Work {
 	w.t.Helper()
-	list, err := w.S.OpenWork(w.t.Context(), []string{agentID})
+	list, err := w.S.OpenWork(w.t.Context(), []domain.WorkQuery{{AgentID: agentID}})
 	w.must(err)
 	out := map[string]domain.Work{}
-	for _, x := range list {
+	for _, x := range list[0].Work {
 		out[x.Job.ID] = x
 	}
 	return out

@@ -21,7 +21,7 @@ func drive(w *World, s *store.Store, t *testing.T, a domain.Agent, n domain.NewC
 		return session.Err
 	}
 	for {
-		work, err := s.OpenWork(ctx, []string{a.ID})
+		work, err := openWork(ctx, s, a.ID)
 		if err != nil || len(work) == 0 {
 			return err
 		}

@@ -76,7 +76,7 @@ func hotFlow(t *testing.T, w *World) {
 	c, jobs := w.Order(t, "hot.test", domain.Policy{}, g.ID)
 	session := w.Open(t, a.ID, "n1")
 	d := w.Issue(t, jobs[0], session.Epoch, "key")[0]
-	_, err := w.S.OpenWork(ctx, []string{a.ID})
+	_, err := openWork(ctx, w.S, a.ID)
 	must(t, err)
 	w.Deploy(t, d, session.Epoch)
 	_, err = w.S.Settlements(ctx, a.ID, []domain.JobRef{{JobID: d.Job.ID, Attempt: 1}})

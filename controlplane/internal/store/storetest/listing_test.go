@@ -241,7 +241,7 @@ func planOf(t *testing.T, b big, conn *sql.Conn, statement string, args []any) s
 // serves nothing costs every issuance.
 func TestIndexesAreUsed(t *testing.T) {
 	t.Parallel()
-	elsewhere := []string{"certificate_status_at", "job_finished", "leaf_due"}
+	elsewhere := []string{"certificate_status_at", "job_finished", "job_lane", "leaf_due"}
 	Each(t, func(t *testing.T, e Engine) {
 		w := NewWorld(t, e)
 		b := big{e: e, db: w.DB(t)}

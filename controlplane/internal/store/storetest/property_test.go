@@ -119,7 +119,7 @@ func (m *machine) order(rt *rapid.T) {
 
 func (m *machine) job(rt *rapid.T) (domain.Work, bool) {
 	a := rapid.SampledFrom(m.agents).Draw(rt, "agent")
-	work, err := m.w.S.OpenWork(m.t.Context(), []string{a.ID})
+	work, err := openWork(m.t.Context(), m.w.S, a.ID)
 	if err != nil {
 		rt.Fatal(err)
 	}

@@ -43,7 +43,7 @@ func TestWakeUpMissesNothing(t *testing.T) {
 			wg.Go(func() {
 				<-gate
 				if errs[1] = w.S.OpenSessions(ctx, []domain.SessionOpen{w.Hello(a.ID, node)})[0].Err; errs[1] == nil {
-					loaded, errs[1] = w.S.OpenWork(ctx, []string{a.ID})
+					loaded, errs[1] = openWork(ctx, w.S, a.ID)
 				}
 			})
 			close(gate)

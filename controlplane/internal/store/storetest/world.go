@@ -61,6 +61,15 @@ func must(t testing.TB, err error) {
 // der is a DER SEQUENCE around one byte.
 func der(b byte) []byte { return []byte{0x30, 0x03, 0x04, 0x01, b} }
 
+// openWork is all work of an agent that has not much.
+func openWork(ctx context.Context, s *store.Store, agentID string) ([]domain.Work, error) {
+	all, err := s.OpenWork(ctx, []domain.WorkQuery{{AgentID: agentID}})
+	if err != nil {
+		return nil, err
+	}
+	return all[0].Work, nil
+}
+
 // Now is the world's time.
 func (w *World) Now() time.Time {
 	w.mu.Lock()
