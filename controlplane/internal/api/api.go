@@ -179,6 +179,8 @@ type Config struct {
 type API struct {
 	Config
 	calls *prometheus.HistogramVec
+	// turned counts the calls that were turned away before anything was done.
+	turned *prometheus.CounterVec
 	// strangers bounds the audit rows that callers without a key can cause by refused calls, refused those of others.
 	strangers, refused *rate.Limiter
 	changes            *fair.Gate
@@ -229,6 +231,10 @@ func New(c Config) (*API, error) {
 			Help:    "Time of operators' calls by method and gRPC code.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
 		}, []string{"method", "code"}),
+		turned: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Namespace: "certmesh", Subsystem: "api", Name: "refused_total",
+			Help: "Calls to change something that were not begun, by reason: busy, too many wait; left, the caller gave up waiting.",
+		}, []string{"reason"}),
 		// Ten a second with a burst of fifty: enough to see an attack, too few to fill a disk.
 		strangers: rate.NewLimiter(10, 50),
 		// A script that repeats a failing call; people do not come near it.
@@ -243,7 +249,7 @@ func New(c Config) (*API, error) {
 		waiting := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Namespace: "certmesh", Subsystem: "api", Name: "changes_waiting", Help: "Calls that wait for their turn to change something.",
 		}, func() float64 { _, n := a.changes.Load(); return float64(n) })
-		for _, m := range []prometheus.Collector{a.calls, watchers, waiting} {
+		for _, m := range []prometheus.Collector{a.calls, a.turned, watchers, waiting} {
 			if err := c.Metrics.Register(m); err != nil {
 				return nil, fault.Wrap(fault.Internal, err, "api: register metrics")
 			}

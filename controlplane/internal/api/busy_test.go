@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -43,6 +44,9 @@ func TestBusyNode(t *testing.T) {
 	}
 	if !delay {
 		t.Errorf("no delay in %v", status.Convert(err).Details())
+	}
+	if n := testutil.ToFloat64(r.turned.WithLabelValues("busy")); n != 1 {
+		t.Errorf("%v refusals were counted", n)
 	}
 	if n := len(r.store.audits); n != before {
 		t.Errorf("%d audit rows were written for a refusal", n-before)

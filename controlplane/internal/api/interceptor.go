@@ -198,8 +198,12 @@ func (a *API) turn(ctx context.Context, c *call) (leave func(), err error) {
 		return func() {}, nil
 	}
 	leave, err = a.changes.Enter(ctx, c.principal.KeyID)
-	if errors.Is(err, fair.ErrFull) {
+	switch {
+	case errors.Is(err, fair.ErrFull):
+		a.turned.WithLabelValues("busy").Inc()
 		return nil, fault.Limited(a.Clock.Now().Add(busyDelay), "this node is changing as much as it can; come back in %s", busyDelay)
+	case err != nil:
+		a.turned.WithLabelValues("left").Inc()
 	}
 	return leave, err
 }

@@ -1,9 +1,14 @@
 package issue
 
 import (
+	"errors"
 	"fmt"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/certmesh/certmesh/protocol/fault"
 )
 
 func TestCarelessAgentsAreSlowedDown(t *testing.T) {
@@ -34,5 +39,26 @@ func TestCarelessAgentsAreSlowedDown(t *testing.T) {
 	}
 	if len(c.agents) > carelessMax {
 		t.Errorf("%d agents are remembered", len(c.agents))
+	}
+}
+
+// Whoever is slowed down is told that its request was not looked at, and that is counted.
+func TestCarelessRefusalsAreCounted(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	bad, good := b.request(newKey(t)), b.request(newKey(t))
+	bad.CSR = []byte("no request")
+	for range carelessBurst {
+		if _, err := b.p.Issue(t.Context(), bad); !fault.Is(err, fault.Invalid) {
+			t.Fatalf("a bad request: %v", err)
+		}
+	}
+	_, err := b.p.Issue(t.Context(), good)
+	var e *fault.Error
+	if !errors.As(err, &e) || e.Class != fault.RateLimited || e.Until.IsZero() {
+		t.Errorf("a good request of the same agent: %v", err)
+	}
+	if n := testutil.ToFloat64(b.p.refused.WithLabelValues("careless")); n != 1 {
+		t.Errorf("%v refusals were counted", n)
 	}
 }

@@ -7,7 +7,8 @@
 // only after it was recorded.
 //
 // The package decides nothing about jobs: an error's class says what may be done. Invalid and Rejected are final for
-// this request, Conflict means that the job has moved on and the work is to be dropped, the rest may be tried again.
+// this request, Conflict means that the job has moved on and the work is to be dropped, RateLimited that the request was not
+// looked at yet, the rest may be tried again.
 package issue
 
 import (
@@ -92,6 +93,7 @@ type Pipeline struct {
 	careless careless
 	cpu      chan struct{}
 	issued   *prometheus.CounterVec
+	refused  *prometheus.CounterVec
 	seconds  prometheus.Histogram
 }
 
@@ -114,13 +116,17 @@ func New(cfg Config) (*Pipeline, error) {
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "certmesh_issue_total", Help: "Certificate requests of agents by outcome: issued, repeated (recorded before) or an error class.",
 		}, []string{"outcome"}),
+		refused: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "certmesh_issue_refused_total",
+			Help: "Certificate requests that were not looked at and wait, by reason: careless, their agent sent too many bad ones.",
+		}, []string{"reason"}),
 		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "certmesh_issue_seconds", Help: "Time from a certificate request to the recorded certificate.",
 			Buckets: []float64{.002, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10},
 		}),
 	}
 	if cfg.Metrics != nil {
-		for _, c := range []prometheus.Collector{p.issued, p.seconds} {
+		for _, c := range []prometheus.Collector{p.issued, p.refused, p.seconds} {
 			if err := cfg.Metrics.Register(c); err != nil {
 				return nil, fault.Wrap(fault.Internal, err, "register the pipeline's metrics")
 			}
@@ -163,7 +169,8 @@ func (p *Pipeline) issue(ctx context.Context, r Request) (out Outcome, repeated 
 		return Outcome{}, false, fault.New(fault.Internal, "job %s is a %s and takes no certificate request", j.ID, j.Kind)
 	}
 	if !p.careless.mayCheck(j.AgentID, p.cfg.Clock.Now()) {
-		return Outcome{}, false, fault.New(fault.Retryable, "agent %s sends too many bad certificate requests; the next is looked at in a moment", j.AgentID)
+		p.refused.WithLabelValues("careless").Inc()
+		return Outcome{}, false, fault.Limited(p.cfg.Clock.Now().Add(time.Second/carelessRate), "agent %s sends too many bad certificate requests; the next is looked at in a moment", j.AgentID)
 	}
 	release, err := p.enter(ctx)
 	if err != nil {
