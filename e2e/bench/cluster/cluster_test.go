@@ -74,9 +74,9 @@ func TestSmoke(t *testing.T) {
 		}
 	}
 	f, err := s.wake(ctx, 2)
-	positive(f, err, "same-p50-ms", "other-p50-ms", "link-msgs/renewal", "statements/renewal")
+	positive(f, err, "same-p50-ms", "other-p50-ms")
 	f, err = s.costs(ctx, 6, 1, 3, time.Second)
-	positive(f, err, "B/agent", "wal-B/renewal", "tx/renewal", "statements/renewal", "db-conns/node")
+	positive(f, err, "renewals/s", "db-conns/node") // differences of so little may be below zero
 	f, err = s.failover(ctx, 1)
 	positive(f, err, "leads-p50-ms", "duties-p50-ms")
 	if err := s.whole(ctx); err != nil {

@@ -3,7 +3,6 @@ package cluster
 import (
 	"context"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -207,6 +206,15 @@ type spent struct {
 	took time.Duration
 }
 
+// above is what x took beyond what would have been taken in the same time with nothing to do.
+func (x spent) above(idle spent) spent {
+	share := x.took.Seconds() / idle.took.Seconds()
+	of := func(d time.Duration) time.Duration { return time.Duration(float64(d) * share) }
+	return spent{use{max(0, x.node-of(idle.node)), max(0, x.db-of(idle.db)), 0},
+		counts{max(0, x.commits-idle.commits*share), max(0, x.wal-idle.wal*share), max(0, x.size-idle.size*share), max(0, x.raft-idle.raft*share),
+			max(0, x.link-idle.link*share)}, x.took}
+}
+
 func (s *scene) spend(ctx context.Context, do func() error) (x spent, err error) {
 	used, err := s.processor(s.Nodes, nil)
 	if err != nil {
@@ -308,19 +316,20 @@ func (s *scene) costs(ctx context.Context, agents, renewals, watches int, window
 	if err != nil {
 		return nil, err
 	}
-	per := func(v, n float64) float64 { return v / max(n, 1) }
-	done := float64(renewals * agents)
+	each := idle.above(empty)
 	perHour := 3600 / (empty.took + idle.took).Seconds()
+	raft := (empty.raft + idle.raft) * perHour
+	work, watched = work.above(idle), watched.above(idle)
+	done := float64(renewals * agents)
 	return []figure{
 		{"B/agent", float64(bytes1-bytes0) / float64(agents)}, {"B/watch", float64(bytes3-bytes2) / float64(watches)},
 		{"idle-cpu-%/node", 100 * empty.node.Seconds() / empty.took.Seconds() / float64(len(s.Nodes))},
 		{"idle-db-cpu-%", 100 * empty.db.Seconds() / empty.took.Seconds()},
-		{"cpu-µs/beat", math.Max(0, per(µs(idle.node-empty.node), beats))}, {"db-cpu-µs/beat", math.Max(0, per(µs(idle.db-empty.db), beats))},
-		{"wal-B/beat", math.Max(0, per(idle.wal-empty.wal, beats))}, {"tx/beat", math.Max(0, per(idle.commits-empty.commits, beats))},
+		{"cpu-µs/beat", µs(each.node) / beats}, {"db-cpu-µs/beat", µs(each.db) / beats}, {"wal-B/beat", each.wal / beats},
 		{"cpu-µs/renewal", µs(work.node) / done}, {"db-cpu-µs/renewal", µs(work.db) / done}, {"wal-B/renewal", work.wal / done},
 		{"size-B/renewal", work.size / done}, {"tx/renewal", work.commits / done}, {"statements/renewal", asked / float64(agents)},
 		{"link-msgs/renewal", work.link / done}, {"raft-entries/renewal", work.raft / done},
-		{"raft-entries/hour", (empty.raft + idle.raft) * perHour}, {"renewals/s", done / work.took.Seconds()},
+		{"raft-entries/hour", raft}, {"renewals/s", done / work.took.Seconds()},
 		{"cpu-µs/renewal/watch", µs(watched.node-work.node) / done / float64(watches)}, {"db-conns/node", clients / float64(len(s.Nodes))},
 	}, nil
 }

@@ -132,6 +132,10 @@ func (s *scene) wake(ctx context.Context, times int) ([]figure, error) {
 	}
 	defer a.end()
 	var all [2][]time.Duration
+	idle, err := s.spend(ctx, func() error { pause(ctx, 5*time.Second); return nil })
+	if err != nil {
+		return nil, err
+	}
 	const warm = 3
 	work, err := s.spend(ctx, func() error {
 		for i := range times + warm {
@@ -162,6 +166,7 @@ func (s *scene) wake(ctx context.Context, times int) ([]figure, error) {
 	if err != nil {
 		return nil, err
 	}
+	work = work.above(idle)
 	done := float64(2 * (times + warm))
 	same, other := quantile(all[0], 0.5), quantile(all[1], 0.5)
 	return []figure{{"same-p50-ms", ms(same)}, {"other-p50-ms", ms(other)}, {"added-p50-ms", ms(other - same)},

@@ -24,7 +24,7 @@ func (s *scene) profiles(ctx context.Context, name string, nodes []*estate.Clust
 		wg.Go(func() {
 			// In slices, because a profile that is given up is lost.
 			for n := 1; ctx.Err() == nil; n++ {
-				if fetch(ctx, "http://"+s.debug[m]+"/debug/pprof/profile?seconds=4", filepath.Join(dir, fmt.Sprintf("%s-%s-%d.pb.gz", name, m.ID, n))) != nil {
+				if fetch(ctx, "http://"+s.debug[m]+"/debug/pprof/profile?seconds=1", filepath.Join(dir, fmt.Sprintf("%s-%s-%d.pb.gz", name, m.ID, n))) != nil {
 					return
 				}
 			}
