@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -128,8 +129,9 @@ func (s *site) Undo(_ context.Context, r target.Receipt) error {
 type world struct {
 	t      testing.TB
 	dsn    string
-	data   string // of the node
-	host   string // of the agent
+	data   string            // of the node
+	set    map[string]string // settings of the node besides those of every test
+	host   string            // of the agent
 	sites  *sites
 	ports  [4]string
 	faults *storetest.Cutter
@@ -196,6 +198,7 @@ func (w *world) fired() (string, bool) {
 func (w *world) startNode() {
 	w.t.Helper()
 	set := map[string]string{"store.dsn": w.dsn, "store.max_readers": "2"}
+	maps.Copy(set, w.set)
 	for i, l := range []string{"api", "grpc", "mesh", "pki"} {
 		if w.ports[i] != "" {
 			set["listen."+l] = w.ports[i]
