@@ -283,9 +283,11 @@ func (n *Node) openStore(ctx context.Context, metrics prometheus.Registerer) err
 	if err != nil {
 		return err
 	}
-	if err := n.awaitStore(ctx); err != nil {
-		return err
-	}
+	return n.awaitStore(ctx)
+}
+
+// schema brings the schema up to date if it is to, and checks it.
+func (n *Node) schema(ctx context.Context) error {
 	if n.cfg.Store.Migrate {
 		if err := n.store.Migrate(ctx); err != nil {
 			return fmt.Errorf("bring the schema up to date: %w", err)
@@ -294,7 +296,7 @@ func (n *Node) openStore(ctx context.Context, metrics prometheus.Registerer) err
 	return n.store.CheckSchema(ctx)
 }
 
-// awaitStore waits until the database answers: a node that starts together with its database, or while that is away, is not
+// awaitStore waits until the database answers and has its schema: a node that starts together with its database, or while that is away, is not
 // to be started again by hand. An answer that is a refusal (no such database, a wrong password) is returned at once.
 func (n *Node) awaitStore(ctx context.Context) error {
 	const patience, again = 5 * time.Second, time.Second
@@ -304,6 +306,10 @@ func (n *Node) awaitStore(ctx context.Context) error {
 		err := n.store.Ping(ask)
 		late := ask.Err() != nil
 		cancel()
+		if err == nil {
+			// It may go away meanwhile; a step of the schema takes as long as it takes.
+			err = n.schema(ctx)
+		}
 		switch {
 		case err == nil:
 			return nil
