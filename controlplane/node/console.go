@@ -24,7 +24,24 @@ import (
 // maxSocketPath is what the system takes for the path of a socket (sun_path), its end included.
 const maxSocketPath = 107
 
-func consolePath(dataDir string) string { return filepath.Join(dataDir, "console.sock") }
+const socketName = "console.sock"
+
+// socketPath names the socket in the data directory so that it fits into a socket's address; longer paths go through the
+// directory's descriptor. The address is good until release.
+func socketPath(dataDir string) (path string, release func(), err error) {
+	path, err = filepath.Abs(filepath.Join(dataDir, socketName))
+	if err != nil {
+		return "", nil, fault.Wrap(fault.Invalid, err, "node.data_dir cannot be resolved")
+	}
+	if len(path) <= maxSocketPath {
+		return path, func() {}, nil
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return "", nil, fault.Wrap(fault.Invalid, err, "the data directory cannot be opened (node.data_dir)")
+	}
+	return fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), socketName), func() { _ = dir.Close() }, nil // it was only named
+}
 
 // desk answers certmeshd's own commands on a socket in the data directory, which only the node's own user can enter.
 type desk struct {
@@ -34,20 +51,20 @@ type desk struct {
 
 // listenConsole binds the socket. What an earlier process left there is removed: the data directory is locked by this one.
 func listenConsole(dataDir string) (net.Listener, error) {
-	path, err := filepath.Abs(consolePath(dataDir))
+	path, release, err := socketPath(dataDir)
 	if err != nil {
-		return nil, fault.Wrap(fault.Invalid, err, "node.data_dir cannot be resolved")
+		return nil, err
 	}
-	if len(path) > maxSocketPath {
-		return nil, fault.InvalidField("node.data_dir", "%s is too long for a socket in it by %d characters", dataDir, len(path)-maxSocketPath)
-	}
+	defer release()
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fault.Wrap(fault.Invalid, err, "the socket of an earlier process cannot be removed from node.data_dir")
 	}
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		return nil, fault.Wrap(fault.Invalid, err, "cannot make a socket in node.data_dir")
 	}
+	// The next start removes it: the name may be of use until release only.
+	l.SetUnlinkOnClose(false)
 	// The directory is 0700 already.
 	if err := os.Chmod(path, 0o600); err != nil {
 		_ = l.Close() // nobody knows it yet
@@ -184,11 +201,18 @@ var errNoNode = errors.New("no node runs with this data directory")
 func withConsole[R any](ctx context.Context, c *Configuration, f func(context.Context, clusterpb.ConsoleServiceClient) (R, error)) (R, error) {
 	var none R
 	dir := c.loaded.Config.Node.DataDir
-	path, err := filepath.Abs(consolePath(dir))
-	if err != nil {
-		return none, fault.Wrap(fault.Invalid, err, "node.data_dir cannot be resolved")
+	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return none, fault.Wrap(fault.NotFound, errNoNode, "%s", dir)
 	}
-	conn, err := grpc.NewClient("unix://"+path, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig())
+	path, release, err := socketPath(dir)
+	if err != nil {
+		return none, err
+	}
+	defer release()
+	conn, err := grpc.NewClient("passthrough:///console", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableServiceConfig(),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", path)
+		}))
 	if err != nil {
 		return none, fault.Wrap(fault.Internal, err, "the node's socket cannot be dialled")
 	}

@@ -114,7 +114,8 @@ func TestRemovedNodeEnds(t *testing.T) {
 
 func TestStatusAndDrainFromTheConsole(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
+	// Longer than the address of a socket may be.
+	dir := filepath.Join(t.TempDir(), strings.Repeat("long", 30))
 	n := startDev(t, dir, nil)
 	c := devConfiguration(t, dir, nil)
 	for {

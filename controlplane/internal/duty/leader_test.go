@@ -382,7 +382,12 @@ func TestFailedRunIsRepeated(t *testing.T) {
 		t.Fatal(err)
 	}
 	clk.Advance(failPause)
-	if d := receive(t, ran, "the run after it"); d != "a" {
+	// The duty that every node runs had its first run to come.
+	d := receive(t, ran, "the run after it")
+	if d == "own" {
+		d = receive(t, ran, "the run after it")
+	}
+	if d != "a" {
 		t.Errorf("ran %s", d)
 	}
 }

@@ -37,7 +37,7 @@ const stoppedHolder = "CERTMESH_TEST_STOPPED_HOLDER"
 func TestStoppedHolder(t *testing.T) { //nolint:paralleltest // it stops the process
 	args := strings.Fields(os.Getenv(stoppedHolder))
 	if len(args) != 4 {
-		t.Skip("the child of another test")
+		return // it is the child of the test below
 	}
 	var epoch int64
 	if _, err := fmt.Sscan(args[1], &epoch); err != nil {
