@@ -285,7 +285,7 @@ func (s *Store) putBatch(ctx context.Context, x table, batch []record, was, next
 			return fault.New(fault.Conflict, "another copy into the target runs; wait for its end")
 		}
 		err = chunks(batch, func(some []record) error {
-			v := x.list(t, every)
+			v := x.list(t, every, "")
 			for _, r := range some {
 				v.add(r...)
 			}
@@ -346,11 +346,11 @@ func (s *Store) compareBatch(ctx context.Context, x table, batch []record, diffe
 	names := x.keyNames()
 	on := make([]string, len(names))
 	for i, n := range names {
-		on[i] = x.name + "." + n + " = v." + n
+		on[i] = x.name + "." + n + " = v.key_" + n
 	}
 	return s.settled(ctx, "copy.compare", func(t *tx) error {
 		return chunks(batch, func(some []record) error {
-			v := x.list(t, x.key)
+			v := x.list(t, x.key, "key_")
 			for _, r := range some {
 				v.add(x.keyOf(r)...)
 			}

@@ -60,7 +60,7 @@ func (s *Store) currentOf(ctx context.Context, issuerID string, entries []domain
 	found := map[string]domain.RevocationReason{}
 	err := s.settled(ctx, "crl.current", func(t *tx) error {
 		clear(found)
-		v := t.values("serial text, reason int")
+		v := t.values("number text, reason int")
 		for _, e := range entries {
 			if e.Reason != superseded {
 				v.add(e.Serial, int64(e.Reason))
@@ -70,7 +70,7 @@ func (s *Store) currentOf(ctx context.Context, issuerID string, entries []domain
 			return nil
 		}
 		text := v.with()
-		return t.each(text+` SELECT version.certificate_id, v.reason FROM v JOIN version ON version.issuer_id = `+v.arg(issuerID)+` AND version.serial = v.serial
+		return t.each(text+` SELECT version.certificate_id, v.reason FROM v JOIN version ON version.issuer_id = `+v.arg(issuerID)+` AND version.serial = v.number
 JOIN leaf ON leaf.certificate_id = version.certificate_id AND leaf.agent_id = version.agent_id
 WHERE leaf.current_generation = version.generation AND NOT leaf.revoked`, v.args, func(scan func(...any) error) error {
 			var id string
@@ -86,7 +86,7 @@ WHERE leaf.current_generation = version.generation AND NOT leaf.revoked`, v.args
 // relist revokes the versions that are listed, and keeps the serials that are not known.
 func (t *tx) relist(issuerID string, entries []domain.RevokedEntry, notAfter time.Time, op domain.Op) (versions, unknown int64, err error) {
 	list := func() (*valueList, string) {
-		v := t.values("serial text, at int, reason int")
+		v := t.values("number text, at int, reason int")
 		for _, e := range entries {
 			v.add(e.Serial, micro(e.RevokedAt), int64(e.Reason))
 		}
@@ -94,15 +94,15 @@ func (t *tx) relist(issuerID string, entries []domain.RevokedEntry, notAfter tim
 	}
 	v, text := list()
 	if versions, err = t.exec(text+` UPDATE version SET revoked_at = v.at, revocation_reason = v.reason
-FROM v WHERE version.issuer_id = `+v.arg(issuerID)+` AND version.serial = v.serial AND version.revoked_at IS NULL`, v.args...); err != nil {
+FROM v WHERE version.issuer_id = `+v.arg(issuerID)+` AND version.serial = v.number AND version.revoked_at IS NULL`, v.args...); err != nil {
 		return 0, 0, err
 	}
 	v, text = list()
 	issuer := v.arg(issuerID)
 	if unknown, err = t.exec(text+` INSERT INTO found_leaf (issuer_id, serial, agent_id, certificate_id, generation, der, fingerprint, not_after, reason,
  revoked_at, revocation_reason, found_at)
-SELECT CAST(`+issuer+` AS TEXT), v.serial, '', '', 0, CAST(`+v.arg([]byte{})+` AS `+t.s.d.bytes+`), '', CAST(`+v.arg(micro(notAfter))+` AS BIGINT), 'a CRL of before the restore lists it', v.at, v.reason, CAST(`+v.arg(micro(op.At))+` AS BIGINT)
-FROM v WHERE v.serial IS NOT NULL AND NOT EXISTS (SELECT 1 FROM version WHERE version.issuer_id = `+issuer+` AND version.serial = v.serial)
+SELECT CAST(`+issuer+` AS TEXT), v.number, '', '', 0, CAST(`+v.arg([]byte{})+` AS `+t.s.d.bytes+`), '', CAST(`+v.arg(micro(notAfter))+` AS BIGINT), 'a CRL of before the restore lists it', v.at, v.reason, CAST(`+v.arg(micro(op.At))+` AS BIGINT)
+FROM v WHERE v.number IS NOT NULL AND NOT EXISTS (SELECT 1 FROM version WHERE version.issuer_id = `+issuer+` AND version.serial = v.number)
 ON CONFLICT (issuer_id, serial) DO NOTHING`, v.args...); err != nil {
 		return 0, 0, err
 	}

@@ -121,11 +121,11 @@ func (x table) keyNames() []string {
 	return all
 }
 
-// list begins a valueList of the columns.
-func (x table) list(t *tx, columns []int) *valueList {
+// list begins a valueList of the columns, each named by prefix and its name.
+func (x table) list(t *tx, columns []int, prefix string) *valueList {
 	all := make([]string, len(columns))
 	for i, c := range columns {
-		all[i] = x.columns[c].name + " " + x.columns[c].kind
+		all[i] = prefix + x.columns[c].name + " " + x.columns[c].kind
 	}
 	return t.values(strings.Join(all, ", "))
 }
