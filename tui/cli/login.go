@@ -122,11 +122,12 @@ func (a *App) recognise(ctx context.Context, address, fingerprint, caFile string
 	if err != nil {
 		return "", err
 	}
-	text := client.EncodeCA(ca)
+	var text strings.Builder
+	text.WriteString(client.EncodeCA(ca))
 	for _, next := range client.Successors(chain, ca, a.now()) {
-		text += client.EncodeCA(next)
+		text.WriteString(client.EncodeCA(next))
 	}
-	return text, nil
+	return text.String(), nil
 }
 
 // maxKeyLine bounds what is read as a key.

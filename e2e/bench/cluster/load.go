@@ -197,7 +197,10 @@ func (s *scene) listen(ctx context.Context, name string, m *estate.ClusterNode) 
 	l := &listener{s: s, got: make(chan time.Time, 1)}
 	runCtx, cancel := context.WithCancel(ctx)
 	done, welcome := make(chan error, 1), make(chan struct{}, 1)
-	l.end = func() { cancel(); <-done }
+	l.end = func() {
+		cancel()
+		_ = <-done // it was ended, and says so
+	}
 	go func() {
 		done <- agentd.Run(runCtx, agentd.Config{Servers: []string{m.Mesh}, JoinToken: token, Name: name, InMemory: true, TargetRoots: []string{root},
 			Welcomed: func(string) {

@@ -302,15 +302,15 @@ func processor(pid int) (time.Duration, error) {
 	if len(fields) < 13 {
 		return 0, fmt.Errorf("/proc/%d/stat has %d fields", pid, len(fields))
 	}
-	var ticks time.Duration
+	var spent time.Duration
 	for _, f := range fields[11:13] {
 		n, err := strconv.ParseInt(f, 10, 64)
 		if err != nil {
 			return 0, err
 		}
-		ticks += time.Duration(n)
+		spent += time.Duration(n) * (time.Second / 100)
 	}
-	return ticks * (time.Second / 100), nil
+	return spent, nil
 }
 
 // used starts to count processor time; the returned function says what server and agent took for each of n renewals.
