@@ -341,9 +341,20 @@ func TestTransferAlone(t *testing.T) {
 	}
 }
 
-// TestEvenIsWarnedAbout: four voters that last.
+// TestEvenIsWarnedAbout: four voters that last. Now and then elections follow the removal for so long that no leader sees them
+// last: then other nodes try.
 func TestEvenIsWarnedAbout(t *testing.T) {
 	t.Parallel()
+	for range 4 {
+		if evenIsWarnedAbout(t) {
+			return
+		}
+	}
+	t.Error("nothing is said")
+}
+
+func evenIsWarnedAbout(t *testing.T) bool {
+	t.Helper()
 	e := clustertest.NewEstate(t)
 	ids := []string{"n1", "n2", "n3", "n4", "n5"}
 	said := make(chan struct{}, 16)
@@ -355,14 +366,18 @@ func TestEvenIsWarnedAbout(t *testing.T) {
 		nodes = append(nodes, e.Start(cfg))
 	}
 	settled(e, nodes...)
+	// Always the same one, whoever leads by then: two would leave an odd number.
+	gone := without(nodes, e.Leader(nodes...))[0]
 	e.Wait("a follower is removed", func() bool {
-		leader := e.Leader(nodes...)
-		return leader.Remove(t.Context(), without(nodes, leader)[0].ID()) == nil
+		err := e.Leader(nodes...).Remove(t.Context(), gone.ID())
+		return err == nil || fault.Is(err, fault.NotFound)
 	})
 	select {
 	case <-said:
-	case <-time.After(clustertest.Patience):
-		t.Error("nothing is said")
+		return true
+	case <-time.After(clustertest.Patience / 3):
+		t.Log("nothing is said; voters:", clustertest.Voters(nodes[0]))
+		return false
 	}
 }
 
